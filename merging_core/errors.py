@@ -1,0 +1,31 @@
+"""Every error that Tripoise raises on purpose.
+
+    MergeError                        anything below
+    ├── RecipeError (ValueError)        what the user asked for is not meaningful
+    ├── IncompatibleError (ValueError)  the checkpoints do not fit together
+    ├── CheckpointError (ValueError)    a file or folder is missing, damaged or of the wrong kind
+    └── NumericalError (ArithmeticError)  a tensor is not finite
+
+A message reads: subject, expectation, the value found, and a remedy that one can act on.
+The command line prints it as one line; Prefect shows it as the state of the task run.
+"""
+
+
+class MergeError(Exception):
+    """Base of all errors below."""
+
+
+class RecipeError(MergeError, ValueError):
+    """A recipe, suite or setting that has no meaning; nothing was read or written."""
+
+
+class IncompatibleError(MergeError, ValueError):
+    """Checkpoints whose tensors, shapes or vocabularies differ."""
+
+
+class CheckpointError(MergeError, ValueError):
+    """A checkpoint or artifact that is missing, incomplete, damaged or in a refused format."""
+
+
+class NumericalError(MergeError, ArithmeticError):
+    """A tensor holds NaN or infinity, before or after merging."""
