@@ -1,0 +1,1 @@
+"""Composition: what runs after what; the parameter models; the command line."""

@@ -1,0 +1,1 @@
+"""Thin tasks over plain functions: sources, store, merge, evaluate, report."""

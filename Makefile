@@ -1,0 +1,45 @@
+# Each target makes its own virtual environment. Another Python: make test PYTHON=python3.12
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= demo-out
+# FusionBench is an oracle for one test. Its one file is read from this folder; its dependencies are not needed.
+PARITY := .parity
+
+.PHONY: demo test check format clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(PARITY)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PARITY) fusion-bench==0.2.33
+	touch $@
+
+# The main job: train the mini-3H world, merge by every method, evaluate, report; then use one of the merges.
+demo: $(VENV)/.installed
+	$(BIN)/tripoise bench recipes/mini-3h.yaml --out $(OUT)/report
+	$(BIN)/tripoise merge $(OUT)/report/recipes/r_tsvm.yaml --out $(OUT)/r_tsvm --replace
+	$(BIN)/python -m tasks.mini3h.ask $(OUT)/r_tsvm
+
+test: $(VENV)/.dev $(PARITY)/.installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(PARITY) $(OUT) build *.egg-info

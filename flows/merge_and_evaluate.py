@@ -1,0 +1,50 @@
+"""The flow ``merge-and-evaluate``: one recipe, merged, scored and compared with what it was made from."""
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.parameters import MergeAndEvaluate
+from flows.pipeline import Kitchen, pin, score
+from tasks.orchestration import AsPrefectTasks, publish
+from tasks.recipes import recipe_yaml
+from tasks.reporting import Entry, report_step
+from tasks.steps import Runner
+from tasks.store import Ref, Store
+from tasks.suite import load_suite
+from tasks.vectors import interference_step
+
+
+def _run_name() -> str:
+    request = MergeAndEvaluate.model_validate(flow_run.parameters["request"])
+    return f"{request.recipe.method.name} · {request.suite} · {len(request.recipe.experts)} experts"
+
+
+@flow(name="merge-and-evaluate", flow_run_name=_run_name)
+def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, str]:
+    """You get a merged model, its scores beside those of base and experts, and a report."""
+    run = AsPrefectTasks(Store.default())
+    model, report = merge_and_score(request, run)
+    publish(report, run.store)
+    return {"merged": f"{model.kind}/{model.digest}", "report": f"{report.kind}/{report.digest}"}
+
+
+def merge_and_score(request: MergeAndEvaluate, run: Runner) -> tuple[Ref, Ref]:
+    """The merged model and the report on it."""
+    recipe, suite, settings = request.recipe.recipe(), load_suite(request.suite), request.settings()
+    base = pin({"base": recipe.base}, run)["base"]
+    experts = pin({expert.name: expert.source for expert in recipe.experts}, run)
+    merged = Kitchen(run, base, experts).merge(recipe)
+
+    def scores(model: Ref, name: str) -> list[Ref]:
+        return score(model, name, suite, settings, request.execution, run)
+
+    name = recipe.method.name
+    entries = [
+        Entry("base", "base", base, scores(base, "base")),
+        *(Entry(expert, "expert", ref, scores(ref, expert)) for expert, ref in experts.items()),
+        Entry(name, "merged", merged, scores(merged, name), recipe=recipe_yaml(recipe)),
+    ]
+    [interference] = run.build("compare", "compare experts", [interference_step(base, experts, run.store)])
+    step = report_step(f"{name} on {suite.title}", suite, entries, interference, run.store)
+    [report] = run.build("report", "report", [step])
+    return merged, report

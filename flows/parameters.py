@@ -1,0 +1,114 @@
+"""Parameters of the flows: what the run form, the API and benchmark files may say."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from merging_core.methods import Linear
+from merging_core.recipe import Expert, Recipe
+from tasks.evaluate import EvaluateSettings, Execution
+from tasks.recipes import (
+    AnyMethod,
+    RecipeModel,
+    Source,
+    check_names,
+    experts_as_list,
+    method_as_mapping,
+    read_yaml,
+    validated,
+)
+
+Scale = Annotated[float, Field(ge=0)]
+_STRICT = ConfigDict(extra="forbid")
+
+
+class Mixture(BaseModel):
+    """A model trained on mixed data, to be compared with merges."""
+
+    model_config = _STRICT
+    name: str = Field(title="Name", description="How reports call it.", min_length=1)
+    source: Source = Field(title="Source", description="Local folder, hf://org/name@revision or mini3h://mix.")
+
+
+class MergeAndEvaluate(BaseModel):
+    """Merge by one recipe and compare the result with its base and experts."""
+
+    model_config = _STRICT
+    recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
+    suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
+    limit: int | None = Field(
+        default=None,
+        title="Limit",
+        description="Only the first samples of each benchmark; marks all scores partial.",
+        ge=1,
+    )
+    execution: Execution = Field(
+        default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
+    )
+
+    def settings(self) -> EvaluateSettings:
+        """What is asked of the models."""
+        return EvaluateSettings(split="test", limit=self.limit)
+
+
+class Bench(BaseModel):
+    """Compare several methods on one suite: scales are chosen on validation, everything is reported on test."""
+
+    model_config = _STRICT
+    title: str = Field(default="3H benchmark", title="Title", description="Heads the report.", min_length=1)
+    suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
+    base: Source = Field(title="Base checkpoint", description="What all experts started from.")
+    experts: list[Expert] = Field(title="Experts", description="The fine-tuned checkpoints.", min_length=1)
+    mixtures: list[Mixture] = Field(
+        default_factory=list, title="Data mixtures", description="Models trained on mixed data, for comparison."
+    )
+    methods: list[AnyMethod] = Field(title="Methods", description="Merging methods to compare.", min_length=1)
+    scales: list[Scale] = Field(
+        default=[0.4, 0.6, 0.8, 1.0, 1.2],
+        title="Scales",
+        description="Tried on validation for every method that has a scale: the same budget of trials for each.",
+        min_length=1,
+    )
+    limit: int | None = Field(
+        default=None,
+        title="Limit",
+        description="Only the first samples of each benchmark; marks all scores partial.",
+        ge=1,
+    )
+    execution: Execution = Field(
+        default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
+    )
+
+    def candidates(self) -> dict[str, list[Recipe]]:
+        """Method name to the recipes that are tried on validation, smallest scale first."""
+        found: dict[str, list[Recipe]] = {}
+        for method in self.methods:
+            scales = [None] if isinstance(method, Linear) else sorted(set(self.scales))
+            tried = [method if scale is None else replace(method, scale=scale) for scale in scales]
+            name = method.name if method.name not in found else f"{method.name} {len(found) + 1}"
+            found[name] = [Recipe(base=self.base, experts=tuple(self.experts), method=one) for one in tried]
+        return found
+
+    def settings(self, split: str) -> EvaluateSettings:
+        """What is asked of the models on one split."""
+        return EvaluateSettings(split=split, limit=self.limit)  # type: ignore[arg-type]
+
+
+def load_bench(path: Path) -> Bench:
+    """Read and check a benchmark file.
+
+    Raises:
+        RecipeError: naming the entry, what was expected and, for a misspelt name, the nearest right one.
+    """
+    data: dict[str, Any] = read_yaml(path)
+    check_names(f"benchmark {path.name}", data, Bench.model_fields)
+    if "experts" in data:
+        data["experts"] = experts_as_list(data["experts"])
+    if isinstance(mixtures := data.get("mixtures"), dict):
+        data["mixtures"] = [{"name": name, "source": source} for name, source in mixtures.items()]
+    if isinstance(methods := data.get("methods"), list):
+        data["methods"] = [method_as_mapping(method) for method in methods]
+    bench: Bench = validated(Bench, data, f"benchmark {path.name}")
+    return bench

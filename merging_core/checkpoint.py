@@ -1,0 +1,271 @@
+"""Checkpoint folders on disk: read and written one tensor at a time.
+
+A valid checkpoint folder holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json``
+with every shard that it names; each tensor of the index is in its shard and each tensor of a shard is in the index.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from merging_core.errors import CheckpointError
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+CONFIG: Final = "config.json"
+PICKLES: Final = ("pytorch_model*.bin", "consolidated*.pth", "*.pt", "*.ckpt")
+MAX_SHARD_BYTES: Final = 5_000_000_000
+# The size of a safetensors header is padded to this many bytes, and wider dtypes come first: every tensor is aligned.
+_ALIGNMENT: Final = 8
+
+# The type names of the safetensors format. Types narrower than a byte have no torch counterpart and are refused.
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor's data on disk."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A folder of safetensors weights; opening reads the headers, ``load`` one tensor.
+
+    Args:
+        folder: the checkpoint's folder.
+        name: how messages call it, such as ``expert 'honest'``; default: the folder's path.
+
+    Raises:
+        CheckpointError: if the folder is missing, holds no safetensors weights (pickled weights are refused with the
+            remedy), a file is cut short or damaged, or index and shards disagree.
+    """
+
+    def __init__(self, folder: Path | str, name: str | None = None) -> None:
+        self.folder = Path(folder)
+        self.name = name or str(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.name}: no folder {self.folder}. Check the path.")
+        self.config = _read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files: dict[str, Any] = {}
+        self._handles = ExitStack()
+        try:
+            for file in weight_files(self.folder, self.name):
+                self._open(file)
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap the files."""
+        self._handles.close()
+
+    def load(self, name: str) -> Tensor:
+        """Read one tensor, in its stored dtype, on the CPU."""
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def _open(self, file: Path) -> None:
+        try:
+            handle = self._handles.enter_context(safe_open(file, framework="pt"))
+            names = list(handle.keys())
+            infos = {name: handle.get_slice(name) for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: not a complete safetensors file ({error}). The copy is cut short or damaged; fetch it again."
+            ) from error
+        for name, info in infos.items():
+            if name in self._files:
+                raise CheckpointError(f"{self.name}: tensor {name!r} is in two shards. Remove the stale shard.")
+            if (kind := str(info.get_dtype())) not in DTYPES:
+                raise CheckpointError(
+                    f"{file.name}: {name!r} has dtype {kind}, expected one of {', '.join(DTYPES)}. "
+                    "Packed and quantized weights cannot be merged; use the unquantized checkpoint."
+                )
+            self._files[name] = handle
+            self.tensors[name] = TensorInfo(DTYPES[kind], tuple(info.get_shape()))
+
+    def _check_index(self) -> None:
+        path = self.folder / INDEX
+        if not path.exists():
+            return
+        indexed = set(_read_json(path)["weight_map"])
+        if lost := sorted(indexed - set(self.tensors)):
+            raise CheckpointError(
+                f"{self.name}: {len(lost)} tensors of the index are in no shard, first {lost[:3]}. "
+                "Fetch the shards again."
+            )
+        if stray := sorted(set(self.tensors) - indexed):
+            raise CheckpointError(
+                f"{self.name}: {len(stray)} tensors are in shards but not in the index, first {stray[:3]}. "
+                "Index and shards are of different copies; fetch both again."
+            )
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a checkpoint folder, sorted by name.
+
+    Raises:
+        CheckpointError: if there are none, if a shard of the index is missing, or if single file and index are both
+            there, since then one of them is stale.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(f"{name}: holds both {SINGLE} and {INDEX}; one of them is stale. Remove that one.")
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: has no weight_map. Fetch the file again.")
+        files = sorted({folder / str(file) for file in weight_map.values()})
+        if stray := [file.name for file in files if file.parent != folder]:
+            raise CheckpointError(f"{index}: shard {stray[0]!r} lies outside the folder. Fetch the file again.")
+        if lost := [file.name for file in files if not file.exists()]:
+            raise CheckpointError(
+                f"{name}: {len(lost)} of {len(files)} shards are missing, first {lost[0]!r}. Fetch them."
+            )
+        return files
+    if single.exists():
+        return [single]
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{name}: {folder} is a PEFT adapter; a full checkpoint is expected. "
+            "Merge it into its base first (peft: merge_and_unload, then save_pretrained)."
+        )
+    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+        raise CheckpointError(
+            f"{name}: {folder} holds pickled weights ({pickles[0]}), which can run code when loaded and are refused. "
+            f"Convert them first: tripoise convert {folder} --out NEW_FOLDER."
+        )
+    raise CheckpointError(f"{name}: {folder} holds no {SINGLE} or {INDEX}. Name a folder with safetensors weights.")
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    compute: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    written: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Write a checkpoint's weights, asking for one tensor at a time.
+
+    The header of a shard follows from names, dtypes and shapes alone, so each tensor goes to disk as soon as it is
+    computed and no shard is held in memory. The layout depends on ``tensors`` only, never on their order.
+
+    Args:
+        folder: existing folder for the files.
+        tensors: dtype and shape of every tensor to be written.
+        compute: called once for each name, in file order; must return a tensor of the announced dtype and shape.
+        max_shard_bytes: a shard is closed before it exceeds this; a larger tensor gets a shard of its own.
+        written: called with the number of bytes after each tensor.
+
+    Raises:
+        CheckpointError: if ``compute`` returns another dtype or shape than announced.
+    """
+    shards = _shards(tensors, max_shard_bytes)
+    single = len(shards) == 1
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        with (folder / file).open("wb") as out:
+            out.write(_header({name: tensors[name] for name in names}))
+            for name in names:
+                _write_tensor(out, name, compute(name), tensors[name])
+                written(tensors[name].num_bytes)
+    if not single:
+        total = sum(info.num_bytes for info in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(tensors, key=natural_order):
+        num_bytes = tensors[name].num_bytes
+        if shards[-1] and size + num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += num_bytes
+    return [sorted(names, key=lambda name: (-tensors[name].dtype.itemsize, name)) for names in shards]
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in tensors.items():
+        end = offset + info.num_bytes
+        header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(out: BinaryIO, name: str, tensor: Tensor, info: TensorInfo) -> None:
+    if tensor.dtype != info.dtype or tuple(tensor.shape) != info.shape:
+        raise CheckpointError(
+            f"{name!r}: announced as {info.dtype} {info.shape}, computed as {tensor.dtype} {tuple(tensor.shape)}."
+        )
+    if tensor.numel():
+        out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Fetch the file again.")
+    return value

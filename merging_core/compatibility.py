@@ -1,0 +1,127 @@
+"""Whether checkpoints can be merged: every mismatch is found before anything is computed."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from merging_core.checkpoint import Checkpoint, TensorInfo
+from merging_core.errors import IncompatibleError
+
+# Entries of config.json that change what the weights mean although no shape shows it.
+ARCHITECTURE: Final = (
+    "model_type",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "tie_word_embeddings",
+    "quantization_config",
+)
+_HEAD: Final = "lm_head.weight"
+_EMBEDDINGS: Final = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+_SHOWN: Final = 3
+
+
+def check_compatible(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
+    """Compare every expert with the base: tensor names, shapes, architecture and vocabulary.
+
+    Args:
+        base: the checkpoint all experts started from.
+        experts: by name.
+
+    Returns:
+        The tensors to merge, by name, as the base stores them. An output head that only repeats a tied embedding is
+        left out: loading ties it again.
+
+    Raises:
+        IncompatibleError: listing all mismatches of all experts, each with its first three names and the count.
+    """
+    if "quantization_config" in base.config:
+        raise IncompatibleError(
+            f"{base.name}: is quantized, and sums of quantized weights mean nothing. Merge the unquantized checkpoints."
+        )
+    expected = own_tensors(base)
+    found = [problem for name, expert in experts.items() for problem in _mismatches(base, expected, name, expert)]
+    if found:
+        raise IncompatibleError(
+            "; ".join(found)
+            + ". All checkpoints must be fine-tuned from the same base, with its architecture and vocabulary."
+        )
+    return expected
+
+
+def own_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """A checkpoint's tensors without an output head that repeats the tied embedding.
+
+    Raises:
+        IncompatibleError: if the config ties the head to the embedding but the file stores two different tensors.
+    """
+    tensors = dict(checkpoint.tensors)
+    embedding = next((name for name in tensors if name.endswith(_EMBEDDINGS)), None)
+    if checkpoint.config.get("tie_word_embeddings") and _HEAD in tensors and embedding:
+        if not torch.equal(checkpoint.load(_HEAD), checkpoint.load(embedding)):
+            raise IncompatibleError(
+                f"{checkpoint.name}: config.json ties {_HEAD} to {embedding}, but the two differ. "
+                "Set tie_word_embeddings to false if the head was trained, or remove it."
+            )
+        del tensors[_HEAD]
+    return tensors
+
+
+def vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token to id, added tokens included, from ``tokenizer.json``; None if the folder has no such file."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text())
+    vocab = stored.get("model", {}).get("vocab", {})
+    # A unigram model lists [token, score] pairs, and a token's id is its position.
+    tokens = dict(vocab) if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+    tokens.update({entry["content"]: entry["id"] for entry in stored.get("added_tokens", [])})
+    return tokens
+
+
+def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str, expert: Checkpoint) -> Iterable[str]:
+    tensors = own_tensors(expert)
+    lost = [tensor for tensor in expected if tensor not in tensors]
+    extra = [tensor for tensor in tensors if tensor not in expected]
+    shared = [tensor for tensor in expected if tensor in tensors]
+    reshaped = [tensor for tensor in shared if expected[tensor].shape != tensors[tensor].shape]
+    yield from _named(f"expert {name!r} lacks", lost, "tensors of the base")
+    yield from _named(f"expert {name!r} has", extra, "tensors that the base lacks")
+    yield from _named(
+        f"expert {name!r} has",
+        reshaped,
+        "tensors of another shape",
+        lambda tensor: f"{tensor} {list(tensors[tensor].shape)} instead of {list(expected[tensor].shape)}",
+    )
+    yield from (
+        f"config.json of expert {name!r} has {key} {_plain(expert.config.get(key))}, "
+        f"that of the base {_plain(base.config.get(key))}"
+        for key in ARCHITECTURE
+        if _differ(base.config, expert.config, key)
+    )
+    ours, theirs = vocabulary(base.folder), vocabulary(expert.folder)
+    if ours is not None and theirs is not None and ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        yield from _named(f"the vocabulary of expert {name!r} differs in", differing, "tokens", repr)
+
+
+def _named(subject: str, names: list[str], what: str, show: Callable[[str], str] = str) -> Iterable[str]:
+    if names:
+        yield f"{subject} {len(names)} {what}, first {', '.join(show(name) for name in names[:_SHOWN])}"
+
+
+def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> bool:
+    # An entry that one file leaves out has the architecture's default, which the core does not know.
+    if key == "quantization_config":
+        return (key in ours) != (key in theirs)
+    return key in ours and key in theirs and bool(ours[key] != theirs[key])
+
+
+def _plain(value: Any) -> str:
+    return "none" if value is None else str(value) if not isinstance(value, dict) else "set"

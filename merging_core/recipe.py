@@ -1,0 +1,112 @@
+"""A recipe: everything that determines the merged bits."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+import torch
+from annotated_types import Ge
+
+from merging_core.errors import RecipeError
+from merging_core.methods import Linear, Method, RTsvm, SpectralMethod
+from merging_core.settings import STRICT, check_bounds, check_choices
+
+# Raise it, with a bold line in CHANGELOG.md, whenever a merge of the same inputs gives other bytes.
+MERGE_VERSION: Final = 1
+
+ComputeDtype = Literal["float32", "float64"]
+StoredDtype = Literal["float64", "float32", "bfloat16", "float16"]
+DTYPES: Final[Mapping[str, torch.dtype]] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expert:
+    """One fine-tuned checkpoint in a recipe."""
+
+    __pydantic_config__: ClassVar = STRICT
+    name: str
+    """How reports call this expert, such as helpful."""
+    source: str
+    """Local folder, hf://org/name@revision or mini3h://role."""
+    weight: float = 1.0
+    """Factor on this expert, finite."""
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or not self.source.strip():
+            raise RecipeError(f"expert {self.name!r}: name and source must not be empty.")
+        if isinstance(self.weight, bool) or not math.isfinite(self.weight):
+            raise RecipeError(f"expert {self.name!r}: weight must be a finite number, got {self.weight!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What to merge, how, and in which precision.
+
+    Raises:
+        RecipeError: if there is no expert, two share a name, or the weights cannot be normalised.
+    """
+
+    base: str
+    """Source of the checkpoint that all experts started from."""
+    experts: tuple[Expert, ...]
+    """In the order in which they are merged."""
+    method: Method = field(default_factory=RTsvm)
+    """Merging method and its settings."""
+    compute_dtype: ComputeDtype = "float32"
+    """Precision of the arithmetic; a checkpoint stored wider is computed wider."""
+    dtype: StoredDtype | None = None
+    """Precision of the stored result; None: each tensor as in the base."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the methods that draw random numbers, >= 0."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "recipe")
+        check_choices(self, "recipe")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RecipeError(f"recipe: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if not self.experts:
+            raise RecipeError("recipe: experts must name at least one checkpoint, got none.")
+        names = [expert.name for expert in self.experts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"recipe: expert names must differ, {twice[0]!r} stands {names.count(twice[0])} times.")
+        if isinstance(self.method, Linear) and self.method.normalize and sum(self.weights) == 0:
+            raise RecipeError("linear: the weights must not sum to 0. Change a weight or set normalize: false.")
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Factor on each expert, in recipe order."""
+        return tuple(expert.weight for expert in self.experts)
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the method needs the experts' singular vectors."""
+        return isinstance(self.method, SpectralMethod)
+
+    def identity(self, base: str, experts: Mapping[str, str]) -> dict[str, Any]:
+        """What determines the merged bytes, with sources replaced by digests.
+
+        Args:
+            base: digest of the base checkpoint.
+            experts: expert name to digest of its checkpoint.
+
+        Returns:
+            A mapping for :func:`merging_core.digest.digest_of`; the sources' spelling is not part of it.
+        """
+        return {
+            "version": MERGE_VERSION,
+            "base": base,
+            "experts": [
+                {"name": expert.name, "checkpoint": experts[expert.name], "weight": expert.weight}
+                for expert in self.experts
+            ],
+            "method": asdict(self.method),
+            "compute_dtype": self.compute_dtype,
+            "dtype": self.dtype,
+            "seed": self.seed,
+        }

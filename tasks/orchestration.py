@@ -1,0 +1,87 @@
+"""Steps as Prefect task runs. The store is the memo; Prefect shows it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from tasks.reporting import read_report
+from tasks.steps import Step, resolve_with_progress
+from tasks.store import Built, Ref, Store
+
+
+class AsPrefectTasks:
+    """Run each group of steps as one task run; sources are resolved at the same time."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.num_made = 0
+        self.num_reused = 0
+
+    def resolve(self, sources: Sequence[str]) -> list[Ref]:
+        """See :class:`tasks.steps.Runner`."""
+        futures = [resolve_source.submit(source, self.store) for source in sources]
+        refs = [future.result() for future in futures]
+        self._count(future.state for future in futures)
+        return refs
+
+    def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
+        """See :class:`tasks.steps.Runner`."""
+        run = build_steps.with_options(name=name, task_run_name=_literal(title))
+        state = run(list(steps), self.store, return_state=True)
+        self._count([state])
+        refs: list[Ref] = state.result()
+        return refs
+
+    def _count(self, states: Iterable[State[Any]]) -> None:
+        for state in states:
+            if state.name == "Cached":
+                self.num_reused += 1
+            else:
+                self.num_made += 1
+
+
+@task(name="resolve", task_run_name="resolve {source}", cache_policy=NO_CACHE, persist_result=False)
+def resolve_source(source: str, store: Store) -> Any:
+    """Pin a source to content: hash, download or train; reused where the store has it."""
+    built = resolve_with_progress(source, store)
+    return _shown([built], built.ref)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def build_steps(steps: list[Step], store: Store) -> Any:
+    """Build artifacts that belong together; reused if the store has all of them. Never retried: nothing is random."""
+    built = [step.build(store) for step in steps]
+    for step, one in zip(steps, built, strict=True):
+        get_run_logger().info(
+            "%s: %s %s in %.1f s", step.title, "reused" if one.reused else "made", one.ref, one.seconds
+        )
+    return _shown(built, [one.ref for one in built])
+
+
+@task(name="publish", cache_policy=NO_CACHE, persist_result=False)
+def publish(report: Ref, store: Store) -> None:
+    """Show a report's leaderboard in the Prefect UI, as text and as a table, with the place of the page."""
+    folder = store.folder(report)
+    stored = read_report(folder)
+    create_markdown_artifact(
+        key="leaderboard",
+        markdown=f"# {stored.title}\n\n{stored.markdown}\n\nReport: `{folder / 'report.html'}`\n",
+        description=stored.title,
+    )
+    create_table_artifact(key="leaderboard-table", table=stored.rows, description=stored.title)
+
+
+def _shown(built: Sequence[Built], result: Any) -> Any:
+    if not all(one.reused for one in built):
+        return result
+    reused = ", ".join(str(one.ref) for one in built)
+    return Completed(name="Cached", message=f"reused {reused}", data=result)
+
+
+def _literal(text: str) -> str:
+    """A run name that Prefect does not read as a template."""
+    return text.replace("{", "{{").replace("}", "}}")

@@ -1,0 +1,95 @@
+"""Planning: which steps of a flow would be computed, and why, without computing any."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from merging_core.digest import digest_of
+from tasks.progress import silent
+from tasks.sources import resolve
+from tasks.sources.mini3h import mini3h_step, parse_mini3h
+from tasks.steps import Step
+from tasks.store import Ref, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One step as the store sees it now."""
+
+    title: str
+    ref: Ref
+    reused: bool
+    why: str
+    """For a step that would be computed: how the nearest stored artifact differs."""
+
+
+class Planner:
+    """Ask the store for every step instead of running it.
+
+    Local folders are hashed, hub repositories asked for their commit and fetched: what would be computed follows from
+    content. Nothing is trained, decomposed, merged or evaluated.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.planned: list[Planned] = []
+
+    def resolve(self, sources: Sequence[str]) -> list[Ref]:
+        """See :class:`tasks.steps.Runner`."""
+        return [self._resolve(source) for source in sources]
+
+    def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
+        """See :class:`tasks.steps.Runner`."""
+        return [self._ask(step) for step in steps]
+
+    def _resolve(self, source: str) -> Ref:
+        if not source.startswith("mini3h://"):
+            return resolve(source, self.store).ref
+        role, seed, budget = parse_mini3h(source)
+        base = None
+        if role != "base":
+            base = self._resolve(source.replace(f"mini3h://{role}", "mini3h://base"))
+        return self._ask(mini3h_step(role, seed, budget, base, self.store, silent))
+
+    def _ask(self, step: Step) -> Ref:
+        ref = Ref(step.kind, digest_of(step.identity))
+        found = self.store.find(step.kind, step.identity) is not None
+        if ref not in [one.ref for one in self.planned]:
+            self.planned.append(Planned(step.title, ref, found, "" if found else self._why(step)))
+        return ref
+
+    def _why(self, step: Step) -> str:
+        wanted = _flat(step.identity)
+        others = [_flat(self.store.manifest(ref).identity) for ref in self.store.refs(step.kind)]
+        related = [other for other in others if other.keys() & wanted.keys()]
+        if not related:
+            return f"no {step.kind} in the store"
+        nearest = min((_differences(other, wanted) for other in related), key=len)
+        if len(nearest) > _MOST_DIFFERENCES:
+            return "nothing similar in the store"
+        return "; ".join(nearest)
+
+
+_MOST_DIFFERENCES = 4
+
+
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    names = sorted(stored.keys() | wanted.keys())
+    return [
+        f"{name} {_short(stored.get(name))} -> {_short(wanted.get(name))}"
+        for name in names
+        if stored.get(name) != wanted.get(name)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {name: leaf for key in value for name, leaf in _flat(value[key], f"{prefix}{key}.").items()}
+    if isinstance(value, list | tuple):
+        return {name: leaf for i, item in enumerate(value) for name, leaf in _flat(item, f"{prefix}{i}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,100 @@
+"""Progress of long steps: bars with an estimate on a terminal, plain lines elsewhere."""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, Literal
+
+log = logging.getLogger("tripoise.progress")
+
+# (done, total), both counted from the start of the step.
+Progress = Callable[[int, int], None]
+_SECONDS_BETWEEN_LINES: Final = 10.0
+_lock = threading.Lock()
+_bars: list["_Bars"] = []
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@contextlib.contextmanager
+def track(title: str, unit: Literal["bytes", "items"] = "items") -> Iterator[Progress]:
+    """Show the progress of one step; several may run at the same time.
+
+    Args:
+        title: what is being done, such as ``merge r_tsvm``.
+        unit: ``bytes`` are shown with their rate, ``items`` are counted.
+
+    Yields:
+        A function of (done, total), cheap enough to be called for every item.
+    """
+    if sys.stderr.isatty():
+        with _terminal_bar(title, unit) as progress:
+            yield progress
+    else:
+        yield _lines(title, unit)
+
+
+def _lines(title: str, unit: str) -> Progress:
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - started) * (total - done) / max(done, 1)
+            log.info("%s: %s of %s, about %.0f s left", title, _amount(done, unit), _amount(total, unit), left)
+
+    return progress
+
+
+def _amount(count: int, unit: str) -> str:
+    return f"{count / 1e6:,.1f} MB" if unit == "bytes" else f"{count:,}"
+
+
+@contextlib.contextmanager
+def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
+    with _lock:
+        if not _bars:
+            _bars.append(_Bars())
+        bars = _bars[0]
+        bars.num_users += 1
+    task = bars.add(title, unit)
+    try:
+        yield lambda done, total: bars.display.update(task, completed=done, total=total)
+    finally:
+        with _lock:
+            bars.display.remove_task(task)
+            bars.num_users -= 1
+            if not bars.num_users:
+                bars.display.stop()
+                _bars.clear()
+
+
+class _Bars:
+    """The one live display of the process: rich allows no second."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Display
+
+        self.num_users = 0
+        self.display = Display(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self.display.start()
+
+    def add(self, title: str, unit: str) -> "object":
+        return self.display.add_task(title, total=None, amount=unit)

@@ -1,0 +1,171 @@
+"""Recipe files: YAML in, a checked Recipe out, every mistake with the nearest right name."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from merging_core.errors import RecipeError
+from merging_core.methods import METHODS, Method, RTsvm
+from merging_core.recipe import ComputeDtype, Expert, Recipe, StoredDtype
+
+AnyMethod = Annotated[Method, Field(discriminator="name")]
+Source = Annotated[str, Field(min_length=1)]
+
+
+class RecipeModel(BaseModel):
+    """A recipe at the boundary: what a recipe file, the run form and the API may say."""
+
+    model_config = ConfigDict(extra="forbid", title="Recipe")
+    base: Source = Field(
+        title="Base checkpoint",
+        description="What all experts started from: a local folder, hf://org/name@revision or mini3h://base.",
+    )
+    experts: list[Expert] = Field(
+        title="Experts", description="The fine-tuned checkpoints, in the order in which they are merged.", min_length=1
+    )
+    method: AnyMethod = Field(
+        default_factory=RTsvm, title="Merging method", description="How the experts are merged; each has settings."
+    )
+    compute_dtype: ComputeDtype = Field(
+        default="float32",
+        title="Precision of the arithmetic",
+        description="A checkpoint that is stored wider is computed wider.",
+    )
+    dtype: StoredDtype | None = Field(
+        default=None, title="Precision of the stored result", description="Left out: each tensor as in the base."
+    )
+    seed: int = Field(default=0, title="Seed", description="For methods that draw random numbers.", ge=0)
+
+    def recipe(self) -> Recipe:
+        """The checked recipe.
+
+        Raises:
+            RecipeError: for what no single field shows: experts of one name, weights that cancel.
+        """
+        return Recipe(
+            base=self.base,
+            experts=tuple(self.experts),
+            method=self.method,
+            compute_dtype=self.compute_dtype,
+            dtype=self.dtype,
+            seed=self.seed,
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        RecipeError: if the file is missing, is not YAML, or holds something else.
+    """
+    try:
+        value = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: expected a mapping of names to values, got {type(value).__name__}.")
+    return value
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file; relative paths in it are seen from the current folder."""
+    return parse_recipe(read_yaml(path))
+
+
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Check a recipe given as plain data.
+
+    Args:
+        data: ``experts`` may be a mapping of name to source or to ``{source, weight}``, or a list of
+            ``{name, source, weight}``; ``method`` may be a name alone or ``{name, settings…}``.
+
+    Raises:
+        RecipeError: naming the entry, what was expected and, for a misspelt name, the nearest right one.
+    """
+    check_names("recipe", data, RecipeModel.model_fields)
+    plain = dict(data)
+    if "experts" in plain:
+        plain["experts"] = experts_as_list(plain["experts"])
+    if "method" in plain:
+        plain["method"] = method_as_mapping(plain["method"])
+    model: RecipeModel = validated(RecipeModel, plain, "recipe")
+    return model.recipe()
+
+
+def experts_as_list(experts: Any) -> Any:
+    """Turn the mapping form of ``experts`` into the list form, and check the names of the entries."""
+    if isinstance(experts, Mapping):
+        experts = [
+            {"name": name, **(entry if isinstance(entry, Mapping) else {"source": entry})}
+            for name, entry in experts.items()
+        ]
+    if isinstance(experts, list):
+        for entry in experts:
+            if isinstance(entry, Mapping):
+                check_names(f"expert {entry.get('name', '?')!r}", entry, [field.name for field in fields(Expert)])
+    return experts
+
+
+def method_as_mapping(method: Any) -> dict[str, Any]:
+    """Turn a bare method name into a mapping, and check the names of method and settings."""
+    plain = {"name": method} if isinstance(method, str) else method
+    if not isinstance(plain, Mapping) or "name" not in plain:
+        raise RecipeError(f"method: expected a name or a mapping with a name, got {method!r}.")
+    name = plain["name"]
+    if name not in METHODS:
+        raise RecipeError(f"method {name!r} does not exist.{nearest(str(name), METHODS)} All: {', '.join(METHODS)}.")
+    check_names(f"method {name}", plain, [field.name for field in fields(METHODS[name])])
+    return dict(plain)
+
+
+def validated(shape: Any, data: Any, subject: str) -> Any:
+    """Let pydantic build ``shape`` from plain data; its complaints become one RecipeError."""
+    try:
+        return _adapter(shape).validate_python(data)
+    except ValidationError as error:
+        texts = []
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or subject
+            got = f", got {item['input']!r}" if isinstance(item["input"], str | int | float | bool | None) else ""
+            message = item["msg"].removeprefix("Value error, ").rstrip(".")
+            texts.append(message + "." if item["type"] == "value_error" else f"{where}: {message}{got}.")
+        raise RecipeError(f"{subject}: " + " ".join(dict.fromkeys(texts))) from error
+
+
+def check_names(subject: str, data: Mapping[Any, Any], allowed: Iterable[str]) -> None:
+    """Raise a RecipeError for an entry that ``subject`` does not have, with the nearest right name."""
+    allowed = list(allowed)
+    for name in data:
+        if name not in allowed:
+            raise RecipeError(
+                f"{subject}: has no entry {name!r}.{nearest(str(name), allowed)} All: {', '.join(allowed)}."
+            )
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A sentence that proposes the nearest right name, or nothing."""
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), list(allowed), n=1, cutoff=0.5)
+    return f" Nearest: {close[0]!r}." if close else ""
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe as the text of a recipe file, in the mapping form."""
+    plain = asdict(recipe)
+    plain["experts"] = {
+        expert.name: expert.source if expert.weight == 1 else {"source": expert.source, "weight": expert.weight}
+        for expert in recipe.experts
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)

@@ -1,0 +1,94 @@
+"""Scores on disk: every sample as parquet, the aggregate with standard error and count as JSON."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from merging_core.errors import CheckpointError
+from tasks.store import Ref, Store
+
+SAMPLES_FILE: Final = "samples.parquet"
+SCORE_FILE: Final = "score.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question, what the model said, and what it was worth."""
+
+    id: str
+    """The same for every model: position and content of the document."""
+    prompt: str
+    target: str
+    response: str
+    value: float
+    """The metric, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One model on one benchmark."""
+
+    task: str
+    metric: str
+    split: str
+    samples: tuple[Sample, ...]
+    partial: bool
+    """Whether a limit left samples out."""
+    num_fewshot: int
+    task_version: str
+    bos: str
+    """Whether prompts really began with the BOS token: yes, no or unknown."""
+    chat_template: bool
+    """Whether prompts were wrapped in the chat template."""
+
+    @property
+    def value(self) -> float:
+        """Mean over the samples."""
+        return statistics.fmean(sample.value for sample in self.samples)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the mean, from the sample variance; NaN for a single sample."""
+        if len(self.samples) == 1:
+            return math.nan
+        return statistics.stdev(sample.value for sample in self.samples) / math.sqrt(len(self.samples))
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the samples, JSON-able."""
+        plain = asdict(self)
+        del plain["samples"]
+        stderr = None if math.isnan(self.stderr) else self.stderr
+        return {**plain, "value": self.value, "stderr": stderr, "n": len(self.samples)}
+
+
+def write_scores(scored: Scored, out: Path) -> None:
+    """Write samples and aggregate into a folder."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([asdict(sample) for sample in scored.samples]), out / SAMPLES_FILE)
+    (out / SCORE_FILE).write_text(json.dumps(scored.record(), indent=1, sort_keys=True))
+
+
+def read_record(ref: Ref, store: Store) -> dict[str, Any]:
+    """The aggregate of one benchmark, as :meth:`Scored.record` gives it."""
+    record: dict[str, Any] = json.loads((store.folder(ref) / SCORE_FILE).read_text())
+    return record
+
+
+def read_values(refs: Sequence[Ref], store: Store) -> dict[str, dict[str, float]]:
+    """Benchmark to sample id to metric, over several scores of one model."""
+    import pyarrow.parquet as pq
+
+    values = {}
+    for ref in refs:
+        table = pq.read_table(store.folder(ref) / SAMPLES_FILE, columns=["id", "value"])
+        ids = table.column("id").to_pylist()
+        values[read_record(ref, store)["task"]] = dict(zip(ids, table.column("value").to_pylist(), strict=True))
+        if len(set(ids)) != len(ids):
+            raise CheckpointError(f"{ref}: sample ids repeat. Remove the artifact and evaluate again.")
+    return values

@@ -1,0 +1,314 @@
+"""The artifact store: what was computed once is found again by what determined it.
+
+Layout: ``<root>/<kind>/<digest>/`` holds the files of an artifact and ``manifest.json``. The folder appears by one
+rename, after every file and the manifest were flushed to disk, so a folder without a manifest does not exist.
+The digest is the sha256 of the artifact's identity (parents' digests, settings that change bytes, algorithm version).
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+from merging_core.digest import digest_of, file_sha256
+from merging_core.errors import CheckpointError, RecipeError
+
+KINDS: Final = ("checkpoint", "task-vectors", "statistics", "merged", "interference", "scores", "report")
+MANIFEST: Final = "manifest.json"
+_RECORDED_PACKAGES: Final = ("tripoise", "torch", "transformers", "safetensors", "lm_eval", "tokenizers", "prefect")
+
+log = logging.getLogger("tripoise.store")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Ref:
+    """Names one artifact: small, JSON-able, valid on every machine that can reach the store."""
+
+    kind: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.digest[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What asking for an artifact gave: its name, whether it already existed, and the seconds spent now."""
+
+    ref: Ref
+    reused: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The record of one artifact, written last. It answers "what produced you?" years later."""
+
+    kind: str
+    digest: str
+    identity: dict[str, Any]
+    parents: list[str]
+    files: dict[str, dict[str, Any]]
+    """Name to ``size`` in bytes and ``sha256``; for files used in place also ``mtime_ns``."""
+    created: str
+    seconds: float
+    versions: dict[str, str]
+    details: dict[str, Any] = field(default_factory=dict)
+    """What is worth knowing but does not change the bytes: the recipe as given, a source's name, diagnostics."""
+    location: str | None = None
+    """Folder of files that are used in place; None where the files lie in the store."""
+
+
+class Store:
+    """A folder of finished artifacts, safe to share between processes of one machine."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root).expanduser().absolute()
+
+    @classmethod
+    def default(cls) -> "Store":
+        """The store named by ``TRIPOISE_STORE``, else ``~/.cache/tripoise``."""
+        return cls(os.environ.get("TRIPOISE_STORE") or "~/.cache/tripoise")
+
+    def home(self, ref: Ref) -> Path:
+        """Folder of the artifact's manifest, whether or not it exists."""
+        return self.root / ref.kind / ref.digest
+
+    def folder(self, ref: Ref) -> Path:
+        """Folder of the artifact's files: in the store, or in place for a checkpoint that was only referenced."""
+        location = self.manifest(ref).location
+        return Path(location) if location else self.home(ref)
+
+    def manifest(self, ref: Ref) -> Manifest:
+        """Read the artifact's record.
+
+        Raises:
+            CheckpointError: if there is no such artifact or its manifest cannot be read.
+        """
+        path = self.home(ref) / MANIFEST
+        try:
+            return Manifest(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{ref}: not in the store {self.root}. List what is there with `tripoise store ls`."
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: not a manifest ({error}). Remove its folder; the artifact is made again."
+            ) from error
+
+    def find(self, kind: str, identity: Mapping[str, Any]) -> Ref | None:
+        """The finished artifact with this identity, if its files are all there with their recorded sizes."""
+        ref = Ref(kind, digest_of(identity))
+        return ref if self._is_usable(ref) else None
+
+    def build(
+        self,
+        kind: str,
+        identity: Mapping[str, Any],
+        make: Callable[[Path], Mapping[str, Any] | None],
+        parents: Sequence[Ref] = (),
+    ) -> Built:
+        """Return the artifact with this identity; compute it only if nobody has, and only once.
+
+        Two callers that want the same artifact: one computes, the other waits and reuses. The lock is freed by the
+        kernel when its holder dies, and what a dead holder left half done is removed.
+
+        Args:
+            kind: one of ``KINDS``.
+            identity: everything that determines the bytes; see :func:`merging_core.digest.canonical_json`.
+            make: writes the files into the empty folder it is given; may return details for the manifest, in which
+                ``location`` names the folder of files that stay in place and ``files`` their records.
+            parents: artifacts this one was made from.
+
+        Raises:
+            CheckpointError: if the disk is full. Whatever ``make`` raises passes through. Nothing is left behind.
+        """
+        started = time.perf_counter()
+        ref = Ref(kind, digest_of(identity))
+        if self._is_usable(ref):
+            return Built(ref, True, time.perf_counter() - started)
+        with self.lock(f"{kind}-{ref.digest}"):
+            if self._is_usable(ref):
+                return Built(ref, True, time.perf_counter() - started)
+            try:
+                self._make(ref, identity, make, parents, started)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise CheckpointError(
+                    f"{ref}: the disk of {self.root} is full ({free_bytes(self.root):,} bytes free). "
+                    "Free some space or name another store with --store; nothing half-written was kept."
+                ) from error
+        return Built(ref, False, time.perf_counter() - started)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the exclusive lock ``name`` of this store on this machine; waits for whoever holds it."""
+        path = self.root / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another run that holds %s", name)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def refs(self, kind: str | None = None) -> list[Ref]:
+        """Every finished artifact, sorted; of one kind if named."""
+        kinds = (kind,) if kind else KINDS
+        return sorted(
+            Ref(name, path.parent.name) for name in kinds for path in (self.root / name).glob(f"[!.]*/{MANIFEST}")
+        )
+
+    def lookup(self, text: str) -> Ref:
+        """The artifact that ``kind/digest`` or an unambiguous beginning of a digest names.
+
+        Raises:
+            RecipeError: if none or several match.
+        """
+        kind, _, start = text.rpartition("/")
+        if kind and kind not in KINDS:
+            raise RecipeError(f"{text!r}: {kind!r} is not a kind of artifact. Kinds: {', '.join(KINDS)}.")
+        found = [ref for ref in self.refs(kind or None) if ref.digest.startswith(start)]
+        if len(found) != 1:
+            what = "no artifact matches" if not found else f"{len(found)} artifacts match"
+            raise RecipeError(f"{text!r}: {what} in {self.root}. Name one as `tripoise store ls` prints it.")
+        return found[0]
+
+    def problems(self, ref: Ref) -> list[str]:
+        """Compare every file of an artifact with its recorded size and sha256; an empty list means intact."""
+        manifest = self.manifest(ref)
+        folder = Path(manifest.location) if manifest.location else self.home(ref)
+        found = []
+        for name, record in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                found.append(f"{path}: missing")
+            elif path.stat().st_size != record["size"]:
+                found.append(f"{path}: {path.stat().st_size} bytes, recorded {record['size']}")
+            elif file_sha256(path) != record["sha256"]:
+                found.append(f"{path}: its content differs from the recorded sha256")
+        return found
+
+    def _is_usable(self, ref: Ref) -> bool:
+        if not (self.home(ref) / MANIFEST).is_file():
+            return False
+        manifest = self.manifest(ref)
+        folder = Path(manifest.location) if manifest.location else self.home(ref)
+        for name, record in manifest.files.items():
+            try:
+                stat = (folder / name).stat()
+            except OSError:
+                stat = None
+            if (
+                stat is None
+                or stat.st_size != record["size"]
+                or record.get("mtime_ns", stat.st_mtime_ns) != stat.st_mtime_ns
+            ):
+                log.warning("%s: %s is missing or changed since it was recorded; making it again", ref, folder / name)
+                return False
+        return True
+
+    def _make(
+        self,
+        ref: Ref,
+        identity: Mapping[str, Any],
+        make: Callable[[Path], Mapping[str, Any] | None],
+        parents: Sequence[Ref],
+        started: float,
+    ) -> None:
+        home = self.home(ref)
+        partial = home.with_name(f".{ref.digest}.partial")
+        remove(partial)
+        partial.mkdir(parents=True)
+        try:
+            details = dict(make(partial) or {})
+            manifest = Manifest(
+                kind=ref.kind,
+                digest=ref.digest,
+                identity=dict(identity),
+                parents=[f"{parent.kind}/{parent.digest}" for parent in parents],
+                location=details.pop("location", None),
+                files=details.pop("files", None) or record_files(partial),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                seconds=round(time.perf_counter() - started, 3),
+                versions=package_versions(),
+                details=details,
+            )
+            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+            flush_folder(partial)
+            remove(home)
+            os.rename(partial, home)
+            flush(home.parent)
+        finally:
+            remove(partial)
+
+
+def record_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below ``folder``, by its path relative to it."""
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds ``path`` or its nearest existing parent."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_free(path: Path, needed: int, what: str) -> None:
+    """Raise a CheckpointError if the disk of ``path`` has less than ``needed`` bytes free for ``what``."""
+    if (free := free_bytes(path)) < needed:
+        raise CheckpointError(
+            f"{what} needs {needed:,} bytes in {path}, {free:,} are free: the disk is full. "
+            "Free some space or name another folder."
+        )
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush every file below ``folder`` and the folder itself to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            flush(path)
+    flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Flush one file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder and all below it, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -1,0 +1,125 @@
+"""Steps over updates: decompose one expert, measure one expert, compare all."""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from merging_core.checkpoint import Checkpoint
+from merging_core.compatibility import check_compatible
+from merging_core.interference import INTERFERENCE_VERSION, Interference, measure_interference
+from merging_core.recipe import Recipe
+from merging_core.statistics import StatisticsSettings
+from merging_core.task_vectors import (
+    DECOMPOSE_VERSION,
+    STATISTICS_VERSION,
+    DecomposeSettings,
+    decompose,
+    measure_expert,
+)
+from tasks.progress import track
+from tasks.steps import Step
+from tasks.store import Ref, Store
+
+_INTERFERENCE_FILE: Final = "interference.json"
+
+
+def decompose_settings(recipe: Recipe) -> DecomposeSettings:
+    """What a recipe needs of each expert: half of the directions, all of them where there is only one expert."""
+    return DecomposeSettings(
+        rank_fraction=1.0 if len(recipe.experts) == 1 else 0.5,
+        embeddings=getattr(recipe.method, "embeddings", "spectral"),
+    )
+
+
+def require_compatible(base: Ref, experts: Mapping[str, Ref], store: Store) -> None:
+    """Compare all experts with the base before any expensive step; artifacts that do not exist yet are passed over.
+
+    Raises:
+        IncompatibleError: listing every mismatch of every expert.
+    """
+    present = {name: ref for name, ref in experts.items() if store.home(ref).exists()}
+    if not store.home(base).exists():
+        return
+    with ExitStack() as stack:
+        reference = stack.enter_context(Checkpoint(store.folder(base), "the base"))
+        opened = {
+            name: stack.enter_context(Checkpoint(store.folder(ref), f"expert {name!r}"))
+            for name, ref in present.items()
+        }
+        check_compatible(reference, opened)
+
+
+def decompose_step(base: Ref, expert: Ref, name: str, settings: DecomposeSettings, store: Store) -> Step:
+    """Decompose the updates of one expert; depends on nothing but base, expert and what is kept."""
+
+    def make(out: Path) -> None:
+        with (
+            Checkpoint(store.folder(base), "the base") as reference,
+            Checkpoint(store.folder(expert), f"expert {name!r}") as tuned,
+            track(f"decompose {name}", "bytes") as progress,
+        ):
+            total = sum(info.num_bytes for info in tuned.tensors.values())
+            done = 0
+
+            def count(num_bytes: int) -> None:
+                nonlocal done
+                done += num_bytes
+                progress(done, total)
+
+            decompose(reference, tuned, settings, out, count)
+
+    identity = {
+        "version": DECOMPOSE_VERSION,
+        "base": base.digest,
+        "expert": expert.digest,
+        "settings": asdict(settings),
+    }
+    return Step("task-vectors", f"decompose {name}", identity, (base, expert), make)
+
+
+def measure_step(base: Ref, expert: Ref, name: str, settings: StatisticsSettings, store: Store) -> Step:
+    """Measure outliers and sparsity of one expert's updates."""
+
+    def make(out: Path) -> None:
+        with (
+            Checkpoint(store.folder(base), "the base") as reference,
+            Checkpoint(store.folder(expert), f"expert {name!r}") as tuned,
+        ):
+            measure_expert(reference, tuned, settings, out)
+
+    identity = {
+        "version": STATISTICS_VERSION,
+        "base": base.digest,
+        "expert": expert.digest,
+        "settings": asdict(settings),
+    }
+    return Step("statistics", f"measure {name}", identity, (base, expert), make)
+
+
+def interference_step(base: Ref, experts: Mapping[str, Ref], store: Store) -> Step:
+    """Compare the updates of all experts with each other."""
+
+    def make(out: Path) -> None:
+        found = measure_interference(store.folder(base), {name: store.folder(ref) for name, ref in experts.items()})
+        (out / _INTERFERENCE_FILE).write_text(json.dumps(asdict(found)))
+
+    identity = {
+        "version": INTERFERENCE_VERSION,
+        "base": base.digest,
+        "experts": {name: ref.digest for name, ref in experts.items()},
+    }
+    return Step("interference", "compare experts", identity, (base, *experts.values()), make)
+
+
+def read_interference(ref: Ref, store: Store) -> Interference:
+    """Read what :func:`interference_step` wrote."""
+    stored = json.loads((store.folder(ref) / _INTERFERENCE_FILE).read_text())
+    return Interference(
+        pairs=tuple((one, other) for one, other in stored["pairs"]),
+        tensors=tuple(stored["tensors"]),
+        cosines=tuple(tuple(row) for row in stored["cosines"]),
+        overall=tuple(stored["overall"]),
+    )
