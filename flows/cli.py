@@ -149,7 +149,7 @@ def bench(
         "seconds_server_start": round(result["started"] - imported, 2),
         "seconds_steps": round(result["ended"] - result["started"], 2),
     }
-    _answer(summary, as_json, _bench_text(summary, read_report(out).markdown))
+    _answer(summary, as_json, _bench_text(summary, read_report(out).notes))
 
 
 @app.command()
@@ -254,6 +254,8 @@ def store_verify(
 
 def main() -> None:
     """Run the command line; every error that Tripoise raises on purpose becomes one line and exit code 1."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except MergeError as error:
@@ -275,6 +277,7 @@ def _log_to(as_json: bool) -> None:
     """Plain lines about the steps on standard output; with --json, nothing but errors."""
     logger = logging.getLogger("tripoise")
     logger.setLevel(logging.ERROR if as_json else logging.INFO)
+    logger.propagate = False
     if not as_json and not logger.handlers:
         handler = logging.StreamHandler(sys.stdout)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -301,12 +304,35 @@ def _scores_text(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"written to {summary['out']}"])
 
 
-def _bench_text(summary: dict[str, Any], leaderboard: str) -> str:
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The leaderboard for a terminal: value ± standard error, and the difference against the best expert."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "model", "scale", "helpful", "honest", "harmless", "mean", "minimum", "n", "minus best expert")
+    for row in rows:
+        scale = json.loads(row["settings"] or "{}").get("scale")
+        low, high = row["vs_best_expert_mean_low"], row["vs_best_expert_mean_high"]
+        table.add_row(
+            str(row["place"]),
+            row["model"] + (" (partial)" if row["partial"] else ""),
+            "" if scale is None else f"{scale:g}",
+            *(f"{row[key]:.3f} ± {row[f'{key}_stderr']:.3f}" for key in ("helpful", "honest", "harmless", "mean")),
+            f"{row['minimum']:.3f}",
+            str(row["mean_n"]),
+            "" if low is None else f"{row['vs_best_expert_mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
+        )
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _bench_text(summary: dict[str, Any], notes: list[str]) -> str:
     return "\n".join(
         [
-            "",
-            leaderboard,
-            "",
+            _table(summary["leaderboard"]),
+            *notes,
             f"report: {summary['report']}",
             f"{summary['steps_made']} steps computed, {summary['steps_reused']} reused",
             f"{summary['seconds']:.1f} s: imports {summary['seconds_imports']:.1f}, "

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from merging_core.methods import Linear
+from merging_core.methods import Linear, Method
 from merging_core.recipe import Expert, Recipe
 from tasks.evaluate import EvaluateSettings, Execution
 from tasks.recipes import (
@@ -85,8 +85,9 @@ class Bench(BaseModel):
         """Method name to the recipes that are tried on validation, smallest scale first."""
         found: dict[str, list[Recipe]] = {}
         for method in self.methods:
-            scales = [None] if isinstance(method, Linear) else sorted(set(self.scales))
-            tried = [method if scale is None else replace(method, scale=scale) for scale in scales]
+            tried: list[Method] = [method]
+            if not isinstance(method, Linear):
+                tried = [replace(method, scale=scale) for scale in sorted(set(self.scales))]
             name = method.name if method.name not in found else f"{method.name} {len(found) + 1}"
             found[name] = [Recipe(base=self.base, experts=tuple(self.experts), method=one) for one in tried]
         return found

@@ -1,6 +1,6 @@
 """What both flows have in common: pin the models, prepare ingredients once, merge, evaluate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from merging_core.methods.base import SpectralMethod
@@ -60,7 +60,7 @@ class Kitchen:
 
 def score(
     model: Ref, name: str, suite: Suite, settings: EvaluateSettings, execution: Execution, run: Runner
-) -> Sequence[Ref]:
+) -> list[Ref]:
     """Evaluate one model on every benchmark of a suite."""
     steps = evaluate_steps(model, name, suite, settings, run.store, execution)
     return run.build("evaluate", f"evaluate {name} ({settings.split})", steps)

@@ -87,6 +87,30 @@ def pickle_files(folder: Path, name: str) -> list[Path]:
     return files
 
 
+def load_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of one pickled file by name, mapped from disk where its format allows; no code of it is run.
+
+    Raises:
+        CheckpointError: if it contains code, is damaged, or holds more than tensors.
+    """
+    try:
+        # Files that are not archives are of torch < 1.6 (or cut short) and cannot be mapped.
+        value = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # bytes that were tampered with can make the unpickler fail in any way
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{file.name} contains code ({found[1]}) and was refused; nothing of it was run. "
+                "Get the weights as safetensors from their author, or a state dict of tensors only."
+            ) from None
+        raise CheckpointError(
+            f"{file.name} cannot be read as pickled tensors ({type(error).__name__}). "
+            "The copy is cut short or damaged; fetch it again."
+        ) from None
+    if isinstance(value, dict) and list(value) == ["state_dict"]:
+        value = value["state_dict"]
+    return _tensors_only(value, file)
+
+
 def _source_folder(source: str) -> Path:
     if "://" not in source:
         return Path(source).expanduser().absolute()
@@ -124,7 +148,7 @@ def _read_and_write(folder: Path, out: Path) -> None:
     """The reading process: load every file, check all of it, write one tensor at a time."""
     state: dict[str, Tensor] = {}
     for file in pickle_files(folder, str(folder)):
-        for name, tensor in _load(file).items():
+        for name, tensor in load_pickle(file).items():
             if name in state:
                 raise CheckpointError(f"tensor {name!r} is in two shards. Remove the stale shard.")
             state[name] = tensor
@@ -135,25 +159,6 @@ def _read_and_write(folder: Path, out: Path) -> None:
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     require_free(out, sum(info.num_bytes for info in infos.values()), "the converted checkpoint")
     write_checkpoint(out, infos, state.__getitem__)
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        # Files that are not archives are of torch < 1.6 (or cut short) and cannot be mapped.
-        value = torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # bytes that were tampered with can make the unpickler fail in any way
-        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{file.name} contains code ({found[1]}) and was refused; nothing of it was run. "
-                "Get the weights as safetensors from their author, or a state dict of tensors only."
-            ) from None
-        raise CheckpointError(
-            f"{file.name} cannot be read as pickled tensors ({type(error).__name__}). "
-            "The copy is cut short or damaged; fetch it again."
-        ) from None
-    if isinstance(value, dict) and list(value) == ["state_dict"]:
-        value = value["state_dict"]
-    return _tensors_only(value, file)
 
 
 def _tensors_only(value: Any, file: Path) -> dict[str, Tensor]:

@@ -2,10 +2,10 @@
 
 import logging
 import math
-import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
@@ -110,13 +110,18 @@ def load_model(folder: Path, execution: Execution) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     _quiet_neighbours()
-    return HFLM(
+    lm = HFLM(
         pretrained=str(folder),
         device=execution.device,
         batch_size=execution.batch_size,
         dtype="auto",
         trust_remote_code=False,
     )
+    if not sys.stderr.isatty():
+        # lm-eval draws its bars wherever it runs, and a log file is no place for them.
+        for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
+            setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
+    return lm
 
 
 def run_benchmark(lm: Any, suite: Suite, benchmark: Benchmark, settings: EvaluateSettings) -> Scored:
@@ -208,4 +213,3 @@ def _quiet_neighbours() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    os.environ.setdefault("TQDM_DISABLE", "1")

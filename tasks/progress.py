@@ -6,7 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 log = logging.getLogger("tripoise.progress")
 
@@ -96,5 +99,5 @@ class _Bars:
         )
         self.display.start()
 
-    def add(self, title: str, unit: str) -> "object":
+    def add(self, title: str, unit: str) -> "TaskID":
         return self.display.add_task(title, total=None, amount=unit)

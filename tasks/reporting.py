@@ -79,10 +79,15 @@ def report_step(title: str, suite: Suite, entries: Sequence[Entry], interference
         write_report(inputs, out)
         table = {
             "title": title,
+            "notes": list(inputs.comparison.notes),
             "markdown": leaderboard_markdown(inputs.comparison),
             "rows": leaderboard_rows(inputs.comparison),
         }
         (out / LEADERBOARD_FILE).write_text(json.dumps(table, indent=1))
+        (out / "recipes").mkdir()
+        for entry in entries:
+            if entry.recipe:
+                (out / "recipes" / f"{entry.name}.yaml").write_text(entry.recipe)
 
     identity = {
         "version": REPORT_VERSION,
@@ -119,6 +124,8 @@ class StoredReport:
     """What is shown of a finished report outside its page."""
 
     title: str
+    notes: list[str]
+    """The headline sentences."""
     markdown: str
     rows: list[dict[str, Any]]
 

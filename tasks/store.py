@@ -105,7 +105,7 @@ class Store:
             ) from None
         except (ValueError, TypeError) as error:
             raise CheckpointError(
-                f"{path}: not a manifest ({error}). Remove its folder; the artifact is made again."
+                f"{path}: not a manifest ({error}). Remove its folder; the artifact can be made again."
             ) from error
 
     def find(self, kind: str, identity: Mapping[str, Any]) -> Ref | None:
@@ -206,7 +206,11 @@ class Store:
     def _is_usable(self, ref: Ref) -> bool:
         if not (self.home(ref) / MANIFEST).is_file():
             return False
-        manifest = self.manifest(ref)
+        try:
+            manifest = self.manifest(ref)
+        except CheckpointError as error:
+            log.warning("%s Making it again.", error)
+            return False
         folder = Path(manifest.location) if manifest.location else self.home(ref)
         for name, record in manifest.files.items():
             try:
@@ -292,10 +296,9 @@ def require_free(path: Path, needed: int, what: str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush every file below ``folder`` and the folder itself to disk."""
+    """Flush everything below ``folder`` and the folder itself to disk."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            flush(path)
+        flush(path)
     flush(folder)
 
 

@@ -63,7 +63,7 @@ class Suite:
 
     def metadata(self, split: Split) -> dict[str, Any]:
         """What the functions of the task files are told."""
-        return {"split": split, "seed": self.world_seed} if self.world else {}
+        return {"split": split, "world_seed": self.world_seed} if self.world else {}
 
     def benchmark_digest(self, benchmark: Benchmark, split: Split) -> str:
         """Identity of one benchmark by content: its task files, its documents, and how it is read.

@@ -1,0 +1,74 @@
+"""What the numbers say, in sentences that hide nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tasks.comparison.records import Difference, Row, Split
+
+_CALLED: Final = {"expert": "the best expert", "mixture": "the data mixture", "merged": "the best merge"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chosen:
+    """Indices of the models that others are held against, and the split on which each was chosen."""
+
+    base: int | None
+    expert: int | None
+    mixture: int | None
+    merged: int | None
+    split: dict[str, Split]
+
+    @property
+    def contests(self) -> list[tuple[int, int]]:
+        """The pairs that decide what a report says first: data mixture and merge, merge and expert."""
+        wanted = [(self.mixture, self.merged), (self.merged, self.expert)]
+        return [(i, j) for i, j in wanted if i is not None and j is not None]
+
+
+def write_notes(rows: Sequence[Row], chosen: Chosen, means: Mapping[tuple[int, int], Difference]) -> tuple[str, ...]:
+    """Say who has the highest mean, how merging does against mixing data, and what to be careful about.
+
+    Args:
+        rows: in the order that the indices of ``chosen`` refer to.
+        chosen: who stands for each role.
+        means: difference of means for each of the contests.
+    """
+    top = min(rows, key=lambda row: (-row.mean.value, row.name))
+    notes = [f"Highest mean: {top.name}, {top.mean.value:.3f} ± {top.mean.stderr:.3f} (standard error)."]
+    notes += [_verdict(rows[i], rows[j], means[i, j]) for i, j in chosen.contests]
+    if lacking := [what for what, i in (("data mixture", chosen.mixture), ("merge", chosen.merged)) if i is None]:
+        notes.append(f"No {' and no '.join(lacking)} was scored: merging is not compared with mixing data.")
+    for role, i in (("expert", chosen.expert), ("mixture", chosen.mixture), ("merged", chosen.merged)):
+        candidates = sum(row.role == role for row in rows)
+        if i is not None and candidates > 1 and chosen.split[role] == "test":
+            notes.append(
+                f"{_capital(_CALLED[role])} ({rows[i].name}) was picked from {candidates} by its test mean, as not all "
+                "have a validation mean; that flatters it."
+            )
+    if partial := [row.name for row in rows if row.partial]:
+        notes.append(f"Partial results, from a limited number of samples: {', '.join(partial)}.")
+    return tuple(notes)
+
+
+def _verdict(first: Row, second: Row, difference: Difference) -> str:
+    """Say which of two models has the higher mean, or that the samples do not tell."""
+    if difference.value > 0:
+        verb = "beats"
+    elif difference.high < 0:
+        verb = "is beaten by"
+    else:
+        verb = "is not distinguishable from"
+    one, other = (f"{_CALLED[row.role]} ({row.name})" for row in (first, second))
+    return (
+        f"{_capital(one)} {verb} {other}: mean difference {_signed(difference.value)}, "
+        f"95% interval [{_signed(difference.low)}, {_signed(difference.high)}]."
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

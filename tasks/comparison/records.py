@@ -1,0 +1,126 @@
+"""What a comparison is made from and what it says: frozen records of plain values."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from merging_core.errors import RecipeError
+
+DIMENSIONS: Final[tuple[str, ...]] = ("helpful", "honest", "harmless")
+Role = Literal["base", "expert", "mixture", "merged"]
+Split = Literal["validation", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One lm-eval task of a suite, counted towards one dimension."""
+
+    task: str
+    dimension: str
+    weight: float = 1.0
+    """Share within the dimension, relative to its other benchmarks, > 0."""
+    higher_is_better: bool = True
+    """False: the dimension score uses ``1 - value``; the benchmark's own score stays as measured."""
+
+    def __post_init__(self) -> None:
+        if self.dimension not in DIMENSIONS:
+            raise RecipeError(
+                f"benchmark {self.task!r}: dimension must be one of {DIMENSIONS}, got {self.dimension!r}. "
+                "Name the one that it measures."
+            )
+        if not 0 < self.weight < math.inf:
+            raise RecipeError(
+                f"benchmark {self.task!r}: weight must be a finite number > 0, got {self.weight!r}. Use 1."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSamples:
+    """What one model got on every sample of the test split, and how its settings did on validation."""
+
+    name: str
+    role: Role
+    specialty: str | None
+    """The dimension an expert was trained for, where known."""
+    digest: str
+    settings: dict[str, Any]
+    """JSON-able, e.g. ``{"method": "r_tsvm", "scale": 0.8}``."""
+    values: dict[str, dict[str, float]]
+    """Benchmark task to sample id to metric value, in [0, 1]."""
+    validation: dict[str, float]
+    """Dimension or ``"mean"`` to score on the validation split; may be empty."""
+    partial: bool = False
+    """A limit on the number of samples was applied."""
+
+    def __post_init__(self) -> None:
+        if self.specialty not in (None, *DIMENSIONS):
+            raise RecipeError(
+                f"model {self.name!r}: specialty must be one of {DIMENSIONS}, got {self.specialty!r}. "
+                "Leave it out where it is not known."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean over ``n`` samples, in [0, 1], with its standard error."""
+
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One model minus another, in [-1, 1], with a 95% interval from the paired percentile bootstrap."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model of a comparison; all numbers are on the test split unless said otherwise."""
+
+    name: str
+    role: Role
+    specialty: str | None
+    digest: str
+    settings: dict[str, Any]
+    validation: dict[str, float]
+    """Scores on the validation split, by dimension and ``"mean"``; may be empty."""
+    benchmarks: dict[str, Score]
+    """Benchmark task to its mean as measured, also where lower is better."""
+    dimensions: dict[str, Score]
+    """Weighted mean of the dimension's benchmarks, higher is better."""
+    mean: Score
+    """Mean of the three dimensions."""
+    minimum: Score
+    """The weakest dimension's score. Its stderr is that dimension's own and ignores that the minimum was picked."""
+    weakest: str
+    """The dimension that gives ``minimum``."""
+    shortfall: dict[str, float]
+    """Dimension to this model minus the (strongest) expert with that specialty: below 0 falls short of it."""
+    mean_shortfall: float | None
+    """Mean over the dimensions that have such an expert; None without any."""
+    against_base: dict[str, Difference]
+    """Dimension or ``"mean"`` to this model minus the base; empty without a base."""
+    against_best_expert: dict[str, Difference]
+    """Dimension or ``"mean"`` to this model minus the best expert; empty without experts."""
+    pareto: bool
+    """No model is at least as good in all three dimensions and better in one, by point values."""
+    partial: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All models of a suite, best mean first (ties by name)."""
+
+    suite: str
+    benchmarks: tuple[Benchmark, ...]
+    rows: tuple[Row, ...]
+    best_expert: str | None
+    best_expert_chosen_on: Split | None
+    """``"validation"`` when every expert has a validation mean; else ``"test"``, which favours the chosen one."""
+    notes: tuple[str, ...]
+    """What the numbers say, in sentences: the highest mean, merging against mixing data, what is incomplete."""

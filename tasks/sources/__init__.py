@@ -1,0 +1,91 @@
+"""Sources: what a recipe names, pinned to content and recorded as a checkpoint in the store."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from merging_core.errors import RecipeError
+from tasks.progress import Progress, silent
+from tasks.store import Built, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A source pinned to content."""
+
+    folder: Path
+    """Where the files lie; a README.md with the licence may lie beside them."""
+    files: dict[str, dict[str, Any]]
+    """Name of each content file to its ``size`` in bytes, ``sha256`` and ``mtime_ns``."""
+    origin: str
+    """Where it came from, for people: ``hf://org/name@<commit>`` or an absolute path."""
+
+
+def resolve(source: str, store: Store, *, progress: Progress = silent) -> Built:
+    """Pin a source to content and record it as an artifact of kind ``checkpoint``.
+
+    A local folder and a Hub repository are referenced in place: the digest covers names and contents of the files,
+    so equal folders are the same checkpoint wherever they lie. Every file is read once, later only if it changed.
+
+    Args:
+        source: a folder, ``hf://org/name@revision`` or ``mini3h://role``.
+        store: where the record goes.
+        progress: called with bytes hashed so far and bytes in all.
+
+    Raises:
+        RecipeError: if the source is not of a known form.
+        CheckpointError: if it cannot be fetched, or is not a complete checkpoint.
+    """
+    scheme = source.partition("://")[0] if "://" in source else ""
+    if scheme not in _SCHEMES:
+        near = difflib.get_close_matches(scheme.lower(), _SCHEMES, n=1, cutoff=0)[0]
+        form = _SCHEMES["hf" if "huggingface" in source else near][0]
+        raise RecipeError(
+            f"{source}: scheme {scheme!r} does not exist. Nearest: {form}. "
+            f"All: {', '.join(form for form, _ in _SCHEMES.values())}."
+        )
+    return _SCHEMES[scheme][1](source, store, progress)
+
+
+def _from_folder(source: str, store: Store, progress: Progress) -> Built:
+    from tasks.sources.local import pin
+
+    folder = Path(source).expanduser().absolute()
+    return _record(pin(folder, source, str(folder), store.root / "hashes", progress), store)
+
+
+def _from_hub(source: str, store: Store, progress: Progress) -> Built:
+    from tasks.sources.hub import fetch
+    from tasks.sources.local import pin
+
+    snapshot = fetch(source)
+    return _record(pin(snapshot.folder, source, snapshot.origin, store.root / "hashes", progress), store)
+
+
+def _from_object_storage(source: str, store: Store, progress: Progress) -> Built:
+    raise RecipeError(
+        f"{source}: s3:// sources arrive with object storage (issue 5). Copy it to a local folder and name that folder."
+    )
+
+
+def _from_mini3h(source: str, store: Store, progress: Progress) -> Built:
+    from tasks.sources.mini3h import resolve_mini3h
+
+    return resolve_mini3h(source, store, progress)
+
+
+_SCHEMES: Final[dict[str, tuple[str, Callable[[str, Store, Progress], Built]]]] = {
+    "": ("a local folder", _from_folder),
+    "hf": ("hf://org/name@revision", _from_hub),
+    "s3": ("s3://bucket/prefix", _from_object_storage),
+    "mini3h": ("mini3h://role", _from_mini3h),
+}
+"""Scheme to its form, for messages, and to what resolves it."""
+
+
+def _record(pinned: Pinned, store: Store) -> Built:
+    identity = {"files": {name: record["sha256"] for name, record in pinned.files.items()}}
+    details = {"location": str(pinned.folder), "files": pinned.files, "origin": pinned.origin}
+    return store.build("checkpoint", identity, lambda folder: details)

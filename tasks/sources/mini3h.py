@@ -1,0 +1,61 @@
+"""Models of the mini-3H world as sources: ``mini3h://role?seed=0&budget=full``, trained here when first asked for."""
+
+from dataclasses import asdict
+from typing import Final, Literal, cast
+from urllib.parse import parse_qsl, urlsplit
+
+from merging_core.errors import RecipeError
+from tasks.progress import Progress
+from tasks.recipes import check_names
+from tasks.steps import Step
+from tasks.store import Built, Ref, Store
+
+_BUDGETS: Final = ("full", "smoke")
+
+
+def resolve_mini3h(source: str, store: Store, progress: Progress) -> Built:
+    """Train the model of one role, or reuse it; its base is trained first if it is not there.
+
+    Raises:
+        RecipeError: if the role, the seed or the budget does not exist.
+    """
+    role, seed, budget = parse_mini3h(source)
+    base = None
+    if role != "base":
+        base = mini3h_step("base", seed, budget, None, store, progress).build(store).ref
+    return mini3h_step(role, seed, budget, base, store, progress).build(store)
+
+
+def parse_mini3h(source: str) -> tuple[str, int, Literal["full", "smoke"]]:
+    """Role, seed and budget of a ``mini3h://`` source."""
+    parts = urlsplit(source)
+    options = dict(parse_qsl(parts.query))
+    check_names(source, options, ("seed", "budget"))
+    seed, budget = options.get("seed", "0"), options.get("budget", "full")
+    if not seed.isdecimal():
+        raise RecipeError(f"{source}: seed must be a whole number >= 0, got {seed!r}.")
+    if budget not in _BUDGETS:
+        raise RecipeError(f"{source}: budget must be one of {', '.join(_BUDGETS)}, got {budget!r}.")
+    return parts.netloc, int(seed), cast(Literal["full", "smoke"], budget)
+
+
+def mini3h_step(
+    role: str, seed: int, budget: Literal["full", "smoke"], base: Ref | None, store: Store, progress: Progress
+) -> Step:
+    """The training of one role as a step; experts and mixtures start from ``base``."""
+    from tasks.mini3h.training import ALGORITHM_VERSION, settings_for, train
+
+    settings = settings_for(role, seed=seed, budget=budget)
+    identity = {
+        "mini3h": role,
+        "version": ALGORITHM_VERSION,
+        "settings": asdict(settings),
+        "base": base.digest if base else None,
+    }
+    return Step(
+        "checkpoint",
+        f"train mini-3H {role}",
+        identity,
+        (base,) if base else (),
+        lambda out: train(role, settings, out, store.folder(base) if base else None, progress),
+    )
