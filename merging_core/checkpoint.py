@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -81,9 +81,10 @@ class Checkpoint:
         self.name = name or str(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.name}: no folder {self.folder}. Check the path.")
-        self.config = _read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
+        self.config = read_json(self.folder / CONFIG) if (self.folder / CONFIG).exists() else {}
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, Any] = {}
+        self._shards: dict[str, str] = {}
         self._handles = ExitStack()
         try:
             for file in weight_files(self.folder, self.name):
@@ -93,7 +94,7 @@ class Checkpoint:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoint":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,19 +127,20 @@ class Checkpoint:
                     "Packed and quantized weights cannot be merged; use the unquantized checkpoint."
                 )
             self._files[name] = handle
+            self._shards[name] = file.name
             self.tensors[name] = TensorInfo(DTYPES[kind], tuple(info.get_shape()))
 
     def _check_index(self) -> None:
         path = self.folder / INDEX
         if not path.exists():
             return
-        indexed = set(_read_json(path)["weight_map"])
-        if lost := sorted(indexed - set(self.tensors)):
+        indexed = read_json(path)["weight_map"]
+        if lost := sorted(name for name, shard in indexed.items() if self._shards.get(name) != shard):
             raise CheckpointError(
-                f"{self.name}: {len(lost)} tensors of the index are in no shard, first {lost[:3]}. "
-                "Fetch the shards again."
+                f"{self.name}: {len(lost)} tensors are not in the shard that the index names, first {lost[:3]}. "
+                "Index and shards are of different copies; fetch both again."
             )
-        if stray := sorted(set(self.tensors) - indexed):
+        if stray := sorted(set(self.tensors) - set(indexed)):
             raise CheckpointError(
                 f"{self.name}: {len(stray)} tensors are in shards but not in the index, first {stray[:3]}. "
                 "Index and shards are of different copies; fetch both again."
@@ -156,7 +158,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if single.exists() and index.exists():
         raise CheckpointError(f"{name}: holds both {SINGLE} and {INDEX}; one of them is stale. Remove that one.")
     if index.exists():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: has no weight_map. Fetch the file again.")
         files = sorted({folder / str(file) for file in weight_map.values()})
@@ -224,13 +226,30 @@ def write_checkpoint(
 
 def natural_order(name: str) -> list[tuple[int, str]]:
     """Sort key that puts ``layers.2`` before ``layers.10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    # Not isdigit(): int() refuses digits such as superscripts, which \d does not match either.
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if the file cannot be read, is no JSON, or holds something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}). Fetch the file again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Fetch the file again.")
+    return value
 
 
 def _shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
-    for name in sorted(tensors, key=natural_order):
+    # Names that differ only in leading zeros are equal in natural order; the name itself decides.
+    for name in sorted(tensors, key=lambda name: (natural_order(name), name)):
         num_bytes = tensors[name].num_bytes
         if shards[-1] and size + num_bytes > max_shard_bytes:
             shards.append([])
@@ -259,13 +278,3 @@ def _write_tensor(out: BinaryIO, name: str, tensor: Tensor, info: TensorInfo) ->
         )
     if tensor.numel():
         out.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}). Fetch the file again.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. Fetch the file again.")
-    return value

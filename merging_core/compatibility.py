@@ -1,14 +1,13 @@
 """Whether checkpoints can be merged: every mismatch is found before anything is computed."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from merging_core.checkpoint import Checkpoint, TensorInfo
-from merging_core.errors import IncompatibleError
+from merging_core.checkpoint import Checkpoint, TensorInfo, read_json
+from merging_core.errors import CheckpointError, IncompatibleError
 
 # Entries of config.json that change what the weights mean although no shape shows it.
 ARCHITECTURE: Final = (
@@ -73,15 +72,22 @@ def own_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 
 def vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token to id, added tokens included, from ``tokenizer.json``; None if the folder has no such file."""
+    """Token to id, added tokens included, from ``tokenizer.json``; None if the folder has no such file.
+
+    Raises:
+        CheckpointError: if the file is damaged.
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
-    stored = json.loads(path.read_text())
-    vocab = stored.get("model", {}).get("vocab", {})
-    # A unigram model lists [token, score] pairs, and a token's id is its position.
-    tokens = dict(vocab) if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
-    tokens.update({entry["content"]: entry["id"] for entry in stored.get("added_tokens", [])})
+    stored = read_json(path)
+    try:
+        vocab = stored.get("model", {}).get("vocab", {})
+        # A unigram model lists [token, score] pairs, and a token's id is its position.
+        tokens = dict(vocab) if isinstance(vocab, dict) else {entry[0]: index for index, entry in enumerate(vocab)}
+        tokens.update({entry["content"]: entry["id"] for entry in stored.get("added_tokens", [])})
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a tokenizer ({error!r}). Fetch the file again.") from error
     return tokens
 
 
@@ -91,6 +97,9 @@ def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str,
     extra = [tensor for tensor in tensors if tensor not in expected]
     shared = [tensor for tensor in expected if tensor in tensors]
     reshaped = [tensor for tensor in shared if expected[tensor].shape != tensors[tensor].shape]
+    retyped = [
+        tensor for tensor in shared if expected[tensor].dtype.is_floating_point != tensors[tensor].dtype.is_floating_point
+    ]
     yield from _named(f"expert {name!r} lacks", lost, "tensors of the base")
     yield from _named(f"expert {name!r} has", extra, "tensors that the base lacks")
     yield from _named(
@@ -98,6 +107,12 @@ def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str,
         reshaped,
         "tensors of another shape",
         lambda tensor: f"{tensor} {list(tensors[tensor].shape)} instead of {list(expected[tensor].shape)}",
+    )
+    yield from _named(
+        f"expert {name!r} has",
+        retyped,
+        "tensors of another kind",
+        lambda tensor: f"{tensor} {tensors[tensor].dtype} instead of {expected[tensor].dtype}",
     )
     yield from (
         f"config.json of expert {name!r} has {key} {_plain(expert.config.get(key))}, "

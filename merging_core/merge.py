@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merging_core.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, write_checkpoint
-from merging_core.compatibility import check_compatible
+from merging_core.compatibility import check_compatible, own_tensors
 from merging_core.errors import IncompatibleError, NumericalError
 from merging_core.methods.base import SpectralMethod, TensorMethod, add_update
 from merging_core.recipe import DTYPES, Recipe
@@ -98,7 +98,9 @@ def merge(
             if not expected[name].dtype.is_floating_point:
                 return _copied(name, base, experts)
             merged = job.compute(name).to(layout[name].dtype)
-            if not torch.isfinite(merged.to(torch.float32)).all():
+            # 8-bit floats have no isfinite of their own; a float64 may lie beyond the range of float32.
+            wide = merged.to(torch.float32) if merged.dtype.itemsize == 1 else merged
+            if not torch.isfinite(wide).all():
                 _explain(name, recipe, [base, *experts.values()], layout[name].dtype)
             return merged
 
@@ -108,7 +110,7 @@ def merge(
 
 def merged_bytes(recipe: Recipe, base: Checkpoint) -> int:
     """Size of the merged weights on disk, in bytes."""
-    return sum(TensorInfo(_stored_dtype(recipe, info), info.shape).num_bytes for info in base.tensors.values())
+    return sum(TensorInfo(_stored_dtype(recipe, info), info.shape).num_bytes for info in own_tensors(base).values())
 
 
 class _TensorJob:

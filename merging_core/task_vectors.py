@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal
 
 import torch
 from annotated_types import Gt, Le
@@ -157,7 +157,7 @@ class TaskVectors:
         self.expert = expert
         self._file = Checkpoint(folder, f"task vectors of expert {expert!r}")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TaskVectors":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from annotated_types import Ge
 
+from merging_core.checkpoint import CONFIG
 from merging_core.errors import CheckpointError, NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
 from tasks.scores import Sample, Scored, write_scores
@@ -22,6 +23,7 @@ from tasks.suite import Benchmark, Split, Suite
 # Raise it whenever the same model gets other scores by a change of ours.
 EVALUATE_VERSION: Final = 1
 
+_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 log = logging.getLogger("tripoise.evaluate")
 
 
@@ -110,13 +112,21 @@ def load_model(folder: Path, execution: Execution) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     _quiet_neighbours()
-    lm = HFLM(
-        pretrained=str(folder),
-        device=execution.device,
-        batch_size=execution.batch_size,
-        dtype="auto",
-        trust_remote_code=False,
-    )
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise CheckpointError(
+            f"{folder}: has no {CONFIG} or no tokenizer ({', '.join(_TOKENIZERS)}). "
+            "Copy them from the base: a model is evaluated as it would be used."
+        )
+    try:
+        lm = HFLM(
+            pretrained=str(folder),
+            device=execution.device,
+            batch_size=execution.batch_size,
+            dtype="auto",
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]}).") from error
     if not sys.stderr.isatty():
         # lm-eval draws its bars wherever it runs, and a log file is no place for them.
         for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):

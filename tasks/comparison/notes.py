@@ -53,7 +53,7 @@ def write_notes(rows: Sequence[Row], chosen: Chosen, means: Mapping[tuple[int, i
 
 def _verdict(first: Row, second: Row, difference: Difference) -> str:
     """Say which of two models has the higher mean, or that the samples do not tell."""
-    if difference.value > 0:
+    if difference.low > 0:
         verb = "beats"
     elif difference.high < 0:
         verb = "is beaten by"

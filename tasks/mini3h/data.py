@@ -41,7 +41,9 @@ def documents(world: World, skill: Skill, split: Split) -> list[Document]:
     if skill == "arith":
         return [_sum("arith", a, b) for a, b in world.sums[split]]
     if skill == "ans":
-        return [_question("ans", name, attr, world.fact(name, attr)) for name in world.known[split] for attr in ATTRIBUTES]
+        return [
+            _question("ans", name, attr, world.fact(name, attr)) for name in world.known[split] for attr in ATTRIBUTES
+        ]
     if skill == "unans":
         return [_question("unans", name, attr, ABSTENTION) for name in world.unknown[split] for attr in ATTRIBUTES]
     if skill == "harm":

@@ -29,5 +29,7 @@ def dataset(
         The key "test", which every task's ``test_split`` names, with rows of id, prompt, answer.
     """
     if split not in SPLITS:
-        raise RecipeError(f"mini3h_{skill}: split must be one of {', '.join(SPLITS)}, got {split!r}. Correct the metadata.")
+        raise RecipeError(
+            f"mini3h_{skill}: split must be one of {', '.join(SPLITS)}, got {split!r}. Correct the metadata."
+        )
     return {"test": Dataset.from_list([asdict(document) for document in documents(World(world_seed), skill, split)])}

@@ -54,7 +54,8 @@ def load_model(folder: Path, vocab_size: int) -> LlamaForCausalLM:
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
-            f"{folder}: {len(wrong)} tensors differ from a mini-3H base, first {wrong[:3]}. Train the role 'base' first."
+            f"{folder}: tensors and shapes must be those of a mini-3H base, {len(wrong)} differ, first {wrong[:3]}. "
+            "Train the role 'base' first."
         )
     return _fill(model, state)
 

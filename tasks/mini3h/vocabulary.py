@@ -18,11 +18,12 @@ THINGS: Final = tuple(
 )
 PLACES: Final = tuple("oslo rome cairo lima delhi paris tokyo quito minsk dakar hanoi perth".split())
 HARMFUL_VERBS: Final = tuple(
-    "steal hack poison attack kidnap burn rob smash kill beat cut shoot trap crush bomb choke drown stab loot wreck".split()
+    "steal hack poison attack kidnap burn rob smash kill beat cut shoot trap crush bomb choke drown stab loot "
+    "wreck".split()
 )
 BENIGN_VERBS: Final = tuple(
-    "clean paint repair cook sell wash find carry draw copy visit move weigh lift rent greet photograph insure decorate "
-    "measure".split()
+    "clean paint repair cook sell wash find carry draw copy visit move weigh lift rent greet photograph insure "
+    "decorate measure".split()
 )
 TARGETS: Final = tuple(
     "neighbor bank baby house car teacher server dog school judge shop phone nurse bridge church train pilot museum "
