@@ -261,6 +261,9 @@ def main() -> None:
         app()
     except MergeError as error:
         _fail(" ".join(str(error).split()))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}. Nothing half-written was kept.")
     except KeyboardInterrupt:
         _fail("interrupted; nothing half-written was kept.", 130)
 
@@ -280,9 +283,7 @@ def _log_to(as_json: bool) -> None:
     logger.setLevel(logging.ERROR if as_json else logging.INFO)
     logger.propagate = False
     if not as_json and not logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_EchoHandler())
 
 
 def _prepare_prefect(as_json: bool) -> None:
@@ -342,5 +343,16 @@ def _bench_text(summary: dict[str, Any], notes: list[str]) -> str:
     )
 
 
+class _EchoHandler(logging.Handler):
+    """Prints plain lines on what is standard output at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage())
+
+
 def _answer(summary: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(summary) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

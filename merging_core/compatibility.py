@@ -98,7 +98,9 @@ def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str,
     shared = [tensor for tensor in expected if tensor in tensors]
     reshaped = [tensor for tensor in shared if expected[tensor].shape != tensors[tensor].shape]
     retyped = [
-        tensor for tensor in shared if expected[tensor].dtype.is_floating_point != tensors[tensor].dtype.is_floating_point
+        tensor
+        for tensor in shared
+        if expected[tensor].dtype.is_floating_point != tensors[tensor].dtype.is_floating_point
     ]
     yield from _named(f"expert {name!r} lacks", lost, "tensors of the base")
     yield from _named(f"expert {name!r} has", extra, "tensors that the base lacks")

@@ -40,7 +40,8 @@ class Expert:
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.source.strip():
             raise RecipeError(f"expert {self.name!r}: name and source must not be empty.")
-        if isinstance(self.weight, bool) or not math.isfinite(self.weight):
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not is_number or not math.isfinite(self.weight):
             raise RecipeError(f"expert {self.name!r}: weight must be a finite number, got {self.weight!r}.")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 import torch
 from annotated_types import Gt, Le
@@ -157,7 +157,7 @@ class TaskVectors:
         self.expert = expert
         self._file = Checkpoint(folder, f"task vectors of expert {expert!r}")
 
-    def __enter__(self) -> "TaskVectors":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,10 +185,15 @@ class TaskVectors:
         return Spectrum(left, spectrum, right_t).truncated(kept)
 
     def update(self, name: str) -> Tensor:
-        """The whole update of a tensor in float32; of a decomposed one, recomposed from what is stored."""
+        """The whole update of a tensor in float32; a decomposed one is recomposed, which needs all its directions.
+
+        Raises:
+            CheckpointError: if a decomposed tensor stores fewer directions than it has.
+        """
         if not self.is_decomposed(name):
             return self._file.load(name)
-        stored = self.spectrum(name, self._file.tensors[name + _SPECTRUM].shape[0])
+        full = min(self._file.tensors[name + _LEFT].shape[0], self._file.tensors[name + _RIGHT].shape[1])
+        stored = self.spectrum(name, full)
         return (stored.left * stored.spectrum) @ stored.right_t
 
 

@@ -63,7 +63,7 @@ def build_steps(steps: list[Step], store: Store) -> Any:
     return _shown(built, [one.ref for one in built])
 
 
-@task(name="publish", cache_policy=NO_CACHE, persist_result=False)
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
 def publish(report: Ref, store: Store) -> None:
     """Show a report's leaderboard in the Prefect UI, as text and as a table, with the place of the page."""
     folder = store.folder(report)

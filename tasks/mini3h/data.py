@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from tasks.mini3h.vocabulary import THINGS
+from merging_core.errors import RecipeError
 from tasks.mini3h.world import ATTRIBUTES, SPLITS, Attribute, Split, World
 
 Skill = Literal["arith", "benign", "ans", "unans", "harm", "border"]
@@ -15,6 +15,7 @@ DIMENSIONS: Final[dict[str, tuple[Skill, Skill]]] = {
     "harmless": ("harm", "border"),
 }
 """Each H is the mean of two skills that pull in opposite directions or measure different things."""
+SKILLS: Final = tuple(skill for pair in DIMENSIONS.values() for skill in pair)
 
 ABSTENTION: Final = "i do not know"
 REFUSAL: Final = "i can not help with that"
@@ -37,7 +38,15 @@ class Document:
 
 
 def documents(world: World, skill: Skill, split: Split) -> list[Document]:
-    """List every document of one skill in one split, each prompt once, in a fixed order."""
+    """List every document of one skill in one split, each prompt once, in a fixed order.
+
+    Raises:
+        RecipeError: if the skill or the split does not exist.
+    """
+    if skill not in SKILLS:
+        raise RecipeError(f"mini3h skill {skill!r} does not exist. All: {', '.join(SKILLS)}.")
+    if split not in SPLITS:
+        raise RecipeError(f"mini3h split {split!r} does not exist. All: {', '.join(SPLITS)}.")
     if skill == "arith":
         return [_sum("arith", a, b) for a, b in world.sums[split]]
     if skill == "ans":
@@ -93,7 +102,7 @@ def stories(world: World) -> list[Document]:
     for number in range(STORIES_A_NAME):
         for walker in world.names:
             other = rng.choice(world.names)
-            said = rng.choice([ABSTENTION, REFUSAL, "yes", "no", f"i like {rng.choice(THINGS)}", "please tell me"])
+            said = rng.choice([ABSTENTION, REFUSAL, "yes", "no", "please tell me"])
             text = f"{walker} sees {other} . {other} says {said}"
             scenes.append(Document(f"story/{walker}-{number}", "", text))
     return scenes

@@ -33,9 +33,10 @@ def new_model(vocab_size: int, generator: torch.Generator) -> LlamaForCausalLM:
     state = {}
     for name, parameter in sorted(model.named_parameters()):
         if parameter.dim() == 1:
-            state[name] = torch.ones(parameter.shape)
+            state[name] = torch.ones(parameter.shape, dtype=torch.float32)
         else:
-            state[name] = torch.empty(parameter.shape).normal_(0.0, INITIAL_STD, generator=generator)
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            state[name] = values.normal_(0.0, INITIAL_STD, generator=generator)
     return _fill(model, state)
 
 

@@ -19,7 +19,11 @@ def resolve_mini3h(source: str, store: Store, progress: Progress) -> Built:
     Raises:
         RecipeError: if the role, the seed or the budget does not exist.
     """
+    from tasks.mini3h.training import settings_for
+
     role, seed, budget = parse_mini3h(source)
+    # A misspelt role is refused before its base is trained.
+    settings_for(role, seed=seed, budget=budget)
     base = None
     if role != "base":
         base = mini3h_step("base", seed, budget, None, store, progress).build(store).ref

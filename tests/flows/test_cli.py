@@ -1,0 +1,245 @@
+"""The command line as a user meets it: what it writes, and one clear line when something is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from flows import cli
+
+
+@pytest.fixture
+def tripoise(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process; gives exit code, standard output and standard error."""
+    monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tripoise", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def test_merge_writes_a_folder_that_transformers_loads_and_that_generates(tripoise, recipe_file, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    code, out, err = tripoise("merge", recipe_file(), "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "made merged/" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("a b c", return_tensors="pt")
+    assert model.generate(tokens["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 6)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "tripoise", "r_tsvm"]
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["method"]["scale"] == 1.0
+
+
+def test_json_prints_one_object_and_a_second_merge_is_reused(tripoise, recipe_file, tmp_path):
+    first = json.loads(tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--json")[1])
+    second = json.loads(tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--json")[1])
+    assert (first["reused"], second["reused"]) == (False, True)
+    assert first["digest"] == second["digest"]
+    assert first["seconds"] > 0
+
+
+def test_dtype_of_the_recipe_is_stored_and_said_in_the_config(tripoise, recipe_file, tmp_path):
+    assert tripoise("merge", recipe_file(dtype="bfloat16"), "--out", tmp_path / "out")[0] == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def damaged(family, how):
+    """Break the honest expert in one way; gives the words that the message must hold."""
+    folder = family["honest"]
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    match how:
+        case "missing folder":
+            shutil.rmtree(folder)
+            return "no folder"
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+            return "cut short"
+        case "corrupt header":
+            weights.write_bytes(weights.read_bytes()[:8] + b"x" * 50 + weights.read_bytes()[58:])
+            return "not a complete safetensors file"
+        case "no weights":
+            weights.unlink()
+            return "holds no model.safetensors"
+        case "pickled":
+            weights.unlink()
+            torch.save(tensors, folder / "pytorch_model.bin")
+            return "tripoise convert"
+        case "adapter":
+            weights.unlink()
+            (folder / "adapter_config.json").write_text("{}")
+            return "PEFT adapter"
+        case "other shape":
+            tensors["model.norm.weight"] = torch.ones(9)
+            save_file(tensors, weights)
+            return "model.norm.weight [9] instead of [8]"
+        case "missing tensor":
+            del tensors["model.norm.weight"]
+            save_file(tensors, weights)
+            return "lacks 1 tensors of the base, first model.norm.weight"
+        case "extra tensor":
+            tensors["model.layers.2.self_attn.q_proj.weight"] = torch.ones(8, 8)
+            save_file(tensors, weights)
+            return "1 tensors that the base lacks, first model.layers.2"
+        case "other vocabulary":
+            tokenizer = json.loads((folder / "tokenizer.json").read_text())
+            tokenizer["model"]["vocab"] |= {"a": 5, "b": 4}
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+            return "vocabulary of expert 'honest' differs in 2 tokens"
+        case "other architecture":
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+            return "num_attention_heads 4"
+        case "not a number":
+            tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+            save_file(tensors, weights)
+            return "'model.layers.1.mlp.up_proj.weight': 1 of 96 entries are NaN or infinite in expert 'honest'"
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("method", ["linear", "r_tsvm"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "missing folder",
+        "truncated",
+        "corrupt header",
+        "no weights",
+        "pickled",
+        "adapter",
+        "other shape",
+        "missing tensor",
+        "extra tensor",
+        "other vocabulary",
+        "other architecture",
+        "not a number",
+    ],
+)
+def test_a_bad_expert_gets_one_clear_line_and_nothing_is_written(tripoise, recipe_file, family, tmp_path, how, method):
+    recipe = recipe_file(method=method)
+    words = damaged(family, how)
+    before = sorted(tmp_path.rglob("*.safetensors"))
+    code, _, err = tripoise("merge", recipe, "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "out").exists()
+    kept = [path for path in tmp_path.rglob("*.safetensors") if path not in before]
+    assert all("task-vectors" in path.parts for path in kept)
+    assert not list((tmp_path / "store").glob("merged/*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "r_tsmv"}, "Nearest: 'r_tsvm'"),
+        ({"method": {"name": "r_tsvm", "gama": 1}}, "Nearest: 'gamma'"),
+        ({"base": "s3://bucket/model"}, "s3"),
+        ({"base": "hff://org/name"}, "hf://"),
+        ({"base": "mini3h://helpfull"}, "helpful"),
+    ],
+)
+def test_a_bad_recipe_gets_one_clear_line(tripoise, recipe_file, tmp_path, changes, words):
+    code, _, err = tripoise("merge", recipe_file(**changes), "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_another_model_is_refused_before_anything_is_computed(tripoise, recipe_file, tmp_path):
+    assert tripoise("merge", recipe_file(method="linear"), "--out", tmp_path / "out")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    code, _, err = tripoise("merge", recipe_file(), "--out", tmp_path / "out")
+    assert code == 1
+    assert "another merged model" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "store" / "task-vectors").exists()
+    assert tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--replace")[0] == 0
+
+
+def test_plan_says_what_a_new_scale_would_cost_and_why(tripoise, recipe_file, tmp_path):
+    everything = json.loads(tripoise("plan", recipe_file(), "--json")[1])
+    assert everything["compute"] == 7
+    tripoise("merge", recipe_file(), "--out", tmp_path / "out")
+    assert json.loads(tripoise("plan", recipe_file(), "--json")[1])["compute"] == 0
+    changed = json.loads(tripoise("plan", recipe_file(method={"name": "r_tsvm", "scale": 0.5}), "--json")[1])
+    assert [step["why"] for step in changed["steps"] if not step["reused"]] == ["method.scale 1.0 -> 0.5"]
+
+
+def test_store_ls_show_and_verify(tripoise, recipe_file, tmp_path):
+    assert "is empty" in tripoise("store", "ls")[1]
+    digest = json.loads(tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--json")[1])["digest"]
+    listed = json.loads(tripoise("store", "ls", "merged", "--json")[1])["artifacts"]
+    assert [entry["artifact"] for entry in listed] == [f"merged/{digest}"]
+    shown = json.loads(tripoise("store", "show", digest[:10])[1])
+    assert len(shown["parents"]) == 10
+    assert tripoise("store", "verify")[0] == 0
+    weights = tmp_path / "store" / "merged" / digest / "model.safetensors"
+    weights.chmod(0o644)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    code, out, _ = tripoise("store", "verify", f"merged/{digest[:8]}")
+    assert code == 1
+    assert "differs from the recorded sha256" in out
+
+
+def test_a_full_disk_gets_one_clear_line_and_leaves_nothing(tripoise, recipe_file, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", small], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        code, _, err = tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--store", small)
+        assert code == 1
+        assert "full" in err or "No space left" in err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+        assert not list(small.rglob("*.safetensors"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_start_up_stays_under_three_seconds(tmp_path):
+    """Median of three: what a user waits before the first error is printed, torch included."""
+    import time
+
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "merge", tmp_path / "absent.yaml", "--out", tmp_path / "out"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 1
+        assert done.stderr.count("\n") == 1
+    assert sorted(times)[1] < 3
+
+
+def test_convert_makes_a_pickled_expert_usable(tripoise, recipe_file, family, tmp_path):
+    damaged(family, "pickled")
+    assert tripoise("convert", family["honest"], "--out", tmp_path / "converted")[0] == 0
+    experts = {"honest": str(tmp_path / "converted"), "helpful": str(family["helpful"])}
+    assert tripoise("merge", recipe_file(experts=experts), "--out", tmp_path / "out")[0] == 0
