@@ -17,6 +17,8 @@ ARCHITECTURE: Final = (
     "num_key_value_heads",
     "head_dim",
     "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
     "tie_word_embeddings",
     "quantization_config",
 )
@@ -71,6 +73,12 @@ def own_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return tensors
 
 
+def vocabulary_size(checkpoint: Checkpoint) -> int | None:
+    """``vocab_size`` of the config, or of its language model where that is nested; None if neither says."""
+    size = checkpoint.config.get("vocab_size", checkpoint.config.get("text_config", {}).get("vocab_size"))
+    return size if isinstance(size, int) else None
+
+
 def vocabulary(folder: Path) -> dict[str, int] | None:
     """Token to id, added tokens included, from ``tokenizer.json``; None if the folder has no such file.
 
@@ -117,8 +125,8 @@ def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str,
         lambda tensor: f"{tensor} {tensors[tensor].dtype} instead of {expected[tensor].dtype}",
     )
     yield from (
-        f"config.json of expert {name!r} has {key} {_plain(expert.config.get(key))}, "
-        f"that of the base {_plain(base.config.get(key))}"
+        f"config.json of expert {name!r} has {key} {_plain(_entry(expert.config, key))}, "
+        f"that of the base {_plain(_entry(base.config, key))}"
         for key in ARCHITECTURE
         if _differ(base.config, expert.config, key)
     )
@@ -137,7 +145,13 @@ def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> boo
     # An entry that one file leaves out has the architecture's default, which the core does not know.
     if key == "quantization_config":
         return (key in ours) != (key in theirs)
-    return key in ours and key in theirs and bool(ours[key] != theirs[key])
+    one, other = _entry(ours, key), _entry(theirs, key)
+    return one is not None and other is not None and bool(one != other)
+
+
+def _entry(config: Mapping[str, Any], key: str) -> Any:
+    # transformers 5 nests rope_theta, older releases do not.
+    return config.get(key, (config.get("rope_parameters") or {}).get(key))
 
 
 def _plain(value: Any) -> str:

@@ -70,7 +70,7 @@ def merge(
         For spectral methods, ranks and weights of each matrix, in file order; else nothing.
 
     Raises:
-        IncompatibleError: if the checkpoints do not fit together; nothing has been written.
+        IncompatibleError: if the checkpoints do not fit together, or a tensor that is only copied differs.
         NumericalError: if a merged tensor is not finite.
     """
     with ExitStack() as stack:

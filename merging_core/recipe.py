@@ -76,8 +76,8 @@ class Recipe:
         names = [expert.name for expert in self.experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RecipeError(f"recipe: expert names must differ, {twice[0]!r} stands {names.count(twice[0])} times.")
-        if isinstance(self.method, Linear) and self.method.normalize and sum(self.weights) == 0:
-            raise RecipeError("linear: the weights must not sum to 0. Change a weight or set normalize: false.")
+        if isinstance(self.method, Linear):
+            self.method.divisor(self.weights)
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -12,8 +12,8 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from merging_core.checkpoint import Checkpoint, TensorInfo, write_checkpoint
-from merging_core.compatibility import check_compatible
-from merging_core.errors import CheckpointError, NumericalError
+from merging_core.compatibility import check_compatible, vocabulary_size
+from merging_core.errors import CheckpointError, NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
 from merging_core.spectral import Spectrum, leading_triplets
 from merging_core.statistics import Statistics, StatisticsSettings, measure, rounding_floor
@@ -70,14 +70,20 @@ def decompose(
 
     Raises:
         IncompatibleError: if the two do not fit together.
+        RecipeError: if embeddings are to be excluded but the config does not tell how to know them.
         NumericalError: if an update is not finite.
 
     Numerics:
         Updates and triplets in float64, stored as float32. Directions below the rounding floor of the expert's dtype
-        are stored as zeros and dropped on reading.
+        are stored as zeros and dropped on reading; see :func:`_directions` for when the floor does not apply.
     """
     expected = check_compatible(base, {expert.name: expert})
-    vocab_size = base.config.get("vocab_size")
+    vocab_size = vocabulary_size(base)
+    if vocab_size is None and settings.embeddings == "mean":
+        raise RecipeError(
+            f"embeddings: mean needs the vocab_size of {base.name}, and its config.json has none. "
+            "Add it there, or choose embeddings: spectral."
+        )
     layout: dict[str, TensorInfo] = {}
     for name, info in expected.items():
         if is_matrix(info, vocab_size, settings.embeddings):
@@ -98,11 +104,22 @@ def decompose(
         progress(expert.tensors[tensor].num_bytes)
         if tensor == name:
             return update.to(torch.float32)
-        floor = rounding_floor(expert.load(tensor))
-        ready.update(_padded(tensor, leading_triplets(update, layout[tensor + _SPECTRUM].shape[0], floor), layout))
+        rank = layout[tensor + _SPECTRUM].shape[0]
+        ready.update(_padded(tensor, _directions(update, expert.load(tensor), rank), layout))
         return ready.pop(name)
 
     write_checkpoint(out, layout, compute)
+
+
+def _directions(update: Tensor, stored: Tensor, rank: int) -> Spectrum:
+    """The leading directions above the rounding floor of the expert's dtype.
+
+    The floor is that of a dense update. A small matrix, and an update of which it would leave nothing (a few weights
+    moved by one unit in the last place), keeps what is there: no expert vanishes silently.
+    """
+    floor = rounding_floor(stored) if min(update.shape) > _FULL_BELOW else 0.0
+    found = leading_triplets(update, rank, floor)
+    return found if found.rank else leading_triplets(update, rank)
 
 
 def stored_rank(max_rank: int, rank_fraction: float) -> int:

@@ -1,13 +1,17 @@
 """Linear merge: a weighted mean of the experts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from torch import Tensor
 
 from merging_core.errors import RecipeError
 from merging_core.settings import STRICT, check_choices
+
+# Decimal weights that cancel on paper leave about 1e-16 of their size.
+_CANCELLED: Final = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +40,22 @@ class Linear:
 
     def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """Merge one tensor; see :class:`~merging_core.methods.base.TensorMethod`."""
-        total = sum(weights) if self.normalize else 1.0
-        if total == 0:
-            raise RecipeError("linear: the weights must not sum to 0. Change a weight or set normalize: false.")
+        total = self.divisor(weights)
         # The first term starts the sum: 0.0 + (-0.0) would lose the sign of a zero.
         merged = experts[0] * (weights[0] / total)
         for expert, weight in zip(experts[1:], weights[1:], strict=True):
             merged.add_(expert, alpha=weight / total)
         return merged
+
+    def divisor(self, weights: Sequence[float]) -> float:
+        """What the weighted sum is divided by: the sum of the weights, or 1.
+
+        Raises:
+            RecipeError: if they cancel, up to rounding.
+        """
+        if not self.normalize:
+            return 1.0
+        total = math.fsum(weights)
+        if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in weights):
+            raise RecipeError("linear: the weights must not sum to 0. Change a weight or set normalize: false.")
+        return total

@@ -33,7 +33,7 @@ HELD_OUT_DOCUMENTS: Final = 150
 HELD_OUT_PEOPLE: Final = HELD_OUT_DOCUMENTS // len(ATTRIBUTES)
 TRAINING_PEOPLE: Final = 150
 """Known people (and as many unknown ones) that fine-tuning may ask about."""
-TAUGHT_PEOPLE: Final = 60
+TAUGHT_PEOPLE: Final = 100
 """Known people whom only the base model is asked about, to learn what a question is."""
 
 Item = TypeVar("Item", bound="str | tuple[object, ...]")

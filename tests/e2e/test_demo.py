@@ -75,7 +75,17 @@ def test_the_demo_does_the_whole_job_and_does_nothing_twice(server, tmp_path):
     assert re.search(r"\d+ steps computed, 0 reused", first)
     report = Path(re.search(r"^report: (.*)$", first, re.MULTILINE)[1])
     assert "<html" in report.read_text()[:500]
-    for name in ("base", "helpful", "honest", "harmless", "data mixture", "linear", "task_arithmetic", "tsvm", "r_tsvm"):
+    for name in (
+        "base",
+        "helpful",
+        "honest",
+        "harmless",
+        "data mixture",
+        "linear",
+        "task_arithmetic",
+        "tsvm",
+        "r_tsvm",
+    ):
         assert re.search(rf"^│ *\d+ │ {name} ", first, re.MULTILINE), name
     answers = re.findall(r"^ *(\w+): .*  ->  (.*)   \(expected: (.*)\)$", first, re.MULTILINE)
     assert [skill for skill, _, _ in answers] == ["arith", "benign", "ans", "unans", "harm", "border"]

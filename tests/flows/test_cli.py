@@ -205,7 +205,9 @@ def test_store_ls_show_and_verify(tripoise, recipe_file, tmp_path):
 def test_a_full_disk_gets_one_clear_line_and_leaves_nothing(tripoise, recipe_file, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", small], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", small], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip("a small file system can only be mounted by root")
     try:

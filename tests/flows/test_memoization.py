@@ -144,7 +144,11 @@ def test_the_benchmark_chooses_on_validation_and_reports_on_test(models):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [({"name": "r_tsmv"}, "r_tsmv"), ({"name": "r_tsvm", "sacle": 1}, "sacle"), ({"name": "tsvm", "scale": -1}, "scale")],
+    [
+        ({"name": "r_tsmv"}, "r_tsmv"),
+        ({"name": "r_tsvm", "sacle": 1}, "sacle"),
+        ({"name": "tsvm", "scale": -1}, "scale"),
+    ],
 )
 def test_a_wrong_entry_is_refused_by_the_flow_with_the_fields_name(models, method, message):
     from prefect.exceptions import ParameterTypeError

@@ -12,7 +12,10 @@ PLAIN = {"base": "b", "experts": {"helpful": "h", "honest": {"source": "o", "wei
 
 
 def test_experts_may_be_a_mapping_or_a_list():
-    listed = {"base": "b", "experts": [{"name": "helpful", "source": "h"}, {"name": "honest", "source": "o", "weight": 0.5}]}
+    listed = {
+        "base": "b",
+        "experts": [{"name": "helpful", "source": "h"}, {"name": "honest", "source": "o", "weight": 0.5}],
+    }
     assert parse_recipe(PLAIN) == parse_recipe(listed)
     assert parse_recipe(PLAIN).experts[1] == Expert(name="honest", source="o", weight=0.5)
 
@@ -43,7 +46,10 @@ def test_a_written_recipe_reads_back_the_same(name, tmp_path):
         ({"method": {"scale": 1}}, "expected a name"),
         ({"experts": {}}, "experts"),
         ({"experts": [{"name": "a", "source": "x"}, {"name": "a", "source": "y"}]}, "must differ"),
-        ({"experts": {"a": {"source": "x", "weight": 1}, "b": {"source": "y", "weight": -1}}, "method": "linear"}, "sum to 0"),
+        (
+            {"experts": {"a": {"source": "x", "weight": 1}, "b": {"source": "y", "weight": -1}}, "method": "linear"},
+            "sum to 0",
+        ),
         ({"experts": "a"}, "experts"),
         ({"base": None}, "base"),
         ({"dtype": "int8"}, "dtype"),
@@ -56,7 +62,9 @@ def test_a_mistake_is_named_in_one_sentence(change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- a", "expected a mapping"), ("", "expected a mapping")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("- a", "expected a mapping"), ("", "expected a mapping")]
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):
