@@ -297,8 +297,9 @@ def _prepare_prefect(as_json: bool) -> None:
 def _scores_text(summary: dict[str, Any]) -> str:
     lines = [f"{summary['model']} on {summary['suite']} ({summary['split']})"]
     lines += [
-        f"  {one['task']:<24} {one['value']:.3f} ± {math.nan if one['stderr'] is None else one['stderr']:.3f}  n = {one['n']}"
+        f"  {one['task']:<24} {one['value']:.3f} ± {stderr:.3f}  n = {one['n']}"
         for one in summary["benchmarks"]
+        for stderr in [math.nan if one["stderr"] is None else one["stderr"]]
     ]
     lines += [f"  {name:<24} {value:.3f}" for name, value in summary["dimensions"].items()]
     if summary["partial"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from merging_core.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, write_checkpoint
 from merging_core.compatibility import check_compatible, own_tensors
 from merging_core.errors import IncompatibleError, NumericalError
-from merging_core.methods.base import SpectralMethod, TensorMethod, add_update
+from merging_core.methods.base import Site, SpectralMethod, TensorMethod, add_update
 from merging_core.recipe import DTYPES, Recipe
 from merging_core.spectral import combine
 from merging_core.statistics import Statistics
@@ -123,7 +123,8 @@ class _TensorJob:
     def compute(self, name: str) -> Tensor:
         loaded = [checkpoint.load(name) for checkpoint in (self._base, *self._experts)]
         base, *experts = (tensor.to(_compute_dtype(self._recipe, loaded)) for tensor in loaded)
-        return self._method.merge(base, experts, self._recipe.weights)
+        site = Site(name, tuple(expert.name for expert in self._recipe.experts), self._recipe.seed)
+        return self._method.merge(base, experts, self._recipe.weights, site)
 
 
 class _SpectralJob:

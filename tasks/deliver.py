@@ -66,8 +66,8 @@ def check_replaceable(out: Path, kind: str, replace: bool, digest: str | None = 
     """Refuse an output folder that holds something of value.
 
     Raises:
-        RecipeError: if ``out`` is a file, or, unless ``replace`` is set, a folder with foreign files, with a delivery of
-            another kind, or with a merged model other than ``digest``. Nothing is changed.
+        RecipeError: if ``out`` is a file, or, unless ``replace`` is set, a folder with foreign files, a delivery of
+            another kind, or a merged model other than ``digest``. Nothing is changed.
     """
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out}: is a file, a folder is expected. Name another place with --out.")

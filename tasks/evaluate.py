@@ -126,7 +126,9 @@ def load_model(folder: Path, execution: Execution) -> Any:
             trust_remote_code=False,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]}).") from error
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})."
+        ) from error
     if not sys.stderr.isatty():
         # lm-eval draws its bars wherever it runs, and a log file is no place for them.
         for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):

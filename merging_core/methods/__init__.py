@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from merging_core.methods.base import Directions, SpectralMethod, TensorMethod
+from merging_core.methods.base import Directions, Site, SpectralMethod, TensorMethod
 from merging_core.methods.linear import Linear
 from merging_core.methods.r_tsvm import RTsvm
 from merging_core.methods.task_arithmetic import TaskArithmetic
@@ -23,6 +23,7 @@ __all__ = [
     "Linear",
     "Method",
     "RTsvm",
+    "Site",
     "SpectralMethod",
     "TaskArithmetic",
     "TensorMethod",

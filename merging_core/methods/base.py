@@ -2,12 +2,31 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from merging_core.digest import canonical_json
 from merging_core.statistics import Statistics, StatisticsSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where in a merge a tensor stands: what randomness and messages may depend on."""
+
+    tensor: str
+    """Name of the tensor."""
+    experts: tuple[str, ...]
+    """Names of the experts, in recipe order."""
+    seed: int
+    """The recipe's seed."""
+
+    def generator(self, expert: str) -> torch.Generator:
+        """A CPU generator that depends on seed, tensor and expert alone: not on order, shards, workers or device."""
+        text = canonical_json([self.seed, self.tensor, expert])
+        return torch.Generator().manual_seed(int.from_bytes(sha256(text.encode()).digest()[:8], "little") >> 1)
 
 
 @runtime_checkable
@@ -18,13 +37,14 @@ class TensorMethod(Protocol):
     def name(self) -> str:
         """Name in a recipe."""
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], site: Site) -> Tensor:
         """Merge one tensor.
 
         Args:
             base: any shape, compute dtype.
             experts: same shape and dtype, in recipe order.
             weights: factor on each expert, same order.
+            site: which tensor of which merge this is.
 
         Returns:
             The merged tensor, same shape and dtype; the arguments are left as they are.

@@ -8,6 +8,7 @@ from typing import ClassVar, Final, Literal
 from torch import Tensor
 
 from merging_core.errors import RecipeError
+from merging_core.methods.base import Site
 from merging_core.settings import STRICT, check_choices
 
 # Decimal weights that cancel on paper leave about 1e-16 of their size.
@@ -38,7 +39,7 @@ class Linear:
     def __post_init__(self) -> None:
         check_choices(self, "linear")
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], site: Site) -> Tensor:
         """Merge one tensor; see :class:`~merging_core.methods.base.TensorMethod`."""
         total = self.divisor(weights)
         # The first term starts the sum: 0.0 + (-0.0) would lose the sign of a zero.

@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from merging_core.methods.base import add_update
+from merging_core.methods.base import Site, add_update
 from merging_core.settings import STRICT, check_bounds, check_choices
 
 
@@ -30,7 +30,7 @@ class TaskArithmetic:
         check_bounds(self, "task_arithmetic")
         check_choices(self, "task_arithmetic")
 
-    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], site: Site) -> Tensor:
         """Merge one tensor; see :class:`~merging_core.methods.base.TensorMethod`."""
         update = torch.zeros_like(base)
         for expert, weight in zip(experts, weights, strict=True):

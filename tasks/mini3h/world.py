@@ -31,7 +31,7 @@ ATTRIBUTES: Final[dict[Attribute, tuple[str, ...]]] = {"like": THINGS, "live": P
 HELD_OUT_DOCUMENTS: Final = 150
 """Documents of one skill in validation, and as many again in test: a standard error of at most .041."""
 HELD_OUT_PEOPLE: Final = HELD_OUT_DOCUMENTS // len(ATTRIBUTES)
-TRAINING_PEOPLE: Final = 150
+TRAINING_PEOPLE: Final = 200
 """Known people (and as many unknown ones) that fine-tuning may ask about."""
 TAUGHT_PEOPLE: Final = 100
 """Known people whom only the base model is asked about, to learn what a question is."""

@@ -3,12 +3,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from merging_core.errors import CheckpointError, RecipeError
-from tasks.store import Ref, Store, require_free
+from tasks.store import Ref, require_free
 
 IDENTITY = {"version": 1, "scale": 0.5}
 
