@@ -49,4 +49,4 @@ def test_embeddings_are_known_by_the_vocabulary_size_also_where_it_is_nested(con
 
 def test_embeddings_are_not_guessed_where_the_config_does_not_tell():
     with pytest.raises(RecipeError, match="vocab_size"):
-        Merge(Tsvm(embeddings="mean"), llama(), [tuned(llama(), 1), tuned(llama(), 2)], config={}).diagnostics
+        Merge(Tsvm(embeddings="mean"), llama(), [tuned(llama(), 1), tuned(llama(), 2)], config={})
