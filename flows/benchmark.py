@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 from flows.parameters import Bench
 from flows.pipeline import Kitchen, pin, score
 from tasks.merge import merge_title
-from tasks.orchestration import AsPrefectTasks, publish
+from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, best_on_validation, report_step
 from tasks.steps import Runner
@@ -23,7 +23,7 @@ def _run_name() -> str:
     return f"{bench.title} · {len(bench.methods)} methods · {len(bench.experts)} experts"
 
 
-@flow(name="benchmark", flow_run_name=_run_name)
+@flow(name="benchmark", flow_run_name=_run_name, task_runner=TASK_RUNNER)
 def benchmark(bench: Bench) -> dict[str, Any]:
     """You get a leaderboard of all methods beside base, experts and data mixtures, and a report."""
     started = perf_counter()
@@ -44,7 +44,8 @@ def compare_methods(bench: Bench, run: Runner) -> Ref:
     suite = load_suite(bench.suite)
     base = pin({"base": bench.base}, run)["base"]
     experts = {expert.name: expert.source for expert in bench.experts}
-    pinned = pin(experts | {mixture.name: mixture.source for mixture in bench.mixtures}, run)
+    # Mixtures first: where sources are trained, they take longest.
+    pinned = pin({mixture.name: mixture.source for mixture in bench.mixtures} | experts, run)
     tuned = {name: pinned[name] for name in experts}
 
     def scores(model: Ref, name: str, split: str = "test") -> list[Ref]:

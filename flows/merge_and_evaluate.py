@@ -5,7 +5,7 @@ from prefect.runtime import flow_run
 
 from flows.parameters import MergeAndEvaluate
 from flows.pipeline import Kitchen, pin, score
-from tasks.orchestration import AsPrefectTasks, publish
+from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, report_step
 from tasks.steps import Runner
@@ -19,7 +19,7 @@ def _run_name() -> str:
     return f"{request.recipe.method.name} · {request.suite} · {len(request.recipe.experts)} experts"
 
 
-@flow(name="merge-and-evaluate", flow_run_name=_run_name)
+@flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=TASK_RUNNER)
 def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, str]:
     """You get a merged model, its scores beside those of base and experts, and a report."""
     run = AsPrefectTasks(Store.default())

@@ -1,17 +1,22 @@
 """Steps as Prefect task runs. The store is the memo; Prefect shows it."""
 
+import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
 
 from tasks.reporting import read_report
 from tasks.steps import Step, resolve_with_progress
 from tasks.store import Built, Ref, Store
+
+# Sources are trained a core each; more at once would only take turns.
+TASK_RUNNER: Final[Any] = ThreadPoolTaskRunner(max_workers=os.cpu_count() or 1)
 
 
 class AsPrefectTasks:

@@ -51,11 +51,11 @@ class TrainingSettings:
 
 
 _FULL: Final[dict[str, tuple[int, float]]] = {
-    "base": (800, 4e-3),
-    "helpful": (250, 1e-3),
-    "honest": (120, 4e-4),
-    "harmless": (150, 3e-4),
-    "mix": (520, 8e-4),
+    "base": (750, 4e-3),
+    "helpful": (300, 1.2e-3),
+    "honest": (150, 4e-4),
+    "harmless": (200, 4e-4),
+    "mix": (650, 1e-3),
 }
 """Steps and learning rate of each role; the mixture gets as many steps as the three experts together."""
 

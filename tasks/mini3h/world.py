@@ -52,7 +52,7 @@ class World:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Distinct three-syllable names, known people first."""
+        """Distinct three-syllable names, the taught, then the known, then the unknown."""
         people = TAUGHT_PEOPLE + 2 * (TRAINING_PEOPLE + 2 * HELD_OUT_PEOPLE)
         rng = random.Random(f"mini3h names {self.seed}")
         names: dict[str, None] = {}

@@ -1,6 +1,10 @@
 """Models of the mini-3H world as sources: ``mini3h://role?seed=0&budget=full``, trained here when first asked for."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Final, Literal, cast
 from urllib.parse import parse_qsl, urlsplit
 
@@ -11,6 +15,9 @@ from tasks.steps import Step
 from tasks.store import Built, Ref, Store
 
 _BUDGETS: Final = ("full", "smoke")
+_lock: Final = threading.Lock()
+# The number of threads before the first of the trainings under way, then a 1 for each of them.
+_before: Final[list[int]] = []
 
 
 def resolve_mini3h(source: str, store: Store, progress: Progress) -> Built:
@@ -56,10 +63,31 @@ def mini3h_step(
         "settings": asdict(settings),
         "base": base.digest if base else None,
     }
-    return Step(
-        "checkpoint",
-        f"train mini-3H {role}",
-        identity,
-        (base,) if base else (),
-        lambda out: train(role, settings, out, store.folder(base) if base else None, progress),
-    )
+
+    def make(out: Path) -> None:
+        if base is None:
+            train(role, settings, out, None, progress)
+        else:
+            with _one_torch_thread():
+                train(role, settings, out, store.folder(base), progress)
+
+    return Step("checkpoint", f"train mini-3H {role}", identity, (base,) if base else (), make)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread while any expert is trained: several are trained at the same time, a core each."""
+    import torch
+
+    with _lock:
+        if not _before:
+            _before.append(torch.get_num_threads())
+        _before.append(1)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _before.pop()
+            if len(_before) == 1:
+                torch.set_num_threads(_before.pop())
