@@ -45,7 +45,7 @@ def compare_methods(bench: Bench, run: Runner) -> Ref:
     base = pin({"base": bench.base}, run)["base"]
     experts = {expert.name: expert.source for expert in bench.experts}
     # Mixtures first: where sources are trained, they take longest.
-    pinned = pin({mixture.name: mixture.source for mixture in bench.mixtures} | experts, run)
+    pinned = pin({one.name: one.source for one in bench.mixtures} | experts, run)
     tuned = {name: pinned[name] for name in experts}
 
     def scores(model: Ref, name: str, split: str = "test") -> list[Ref]:

@@ -4,11 +4,13 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import click
 import typer
 
 from merging_core.errors import MergeError
@@ -53,12 +55,14 @@ def merge(
     from tasks.steps import Direct
 
     wanted = load_recipe(recipe)
-    check_replaceable(out, "merged", replace)
     run = Direct(_store(store))
+    sources = [Path(source) for source in (wanted.base, *(one.source for one in wanted.experts)) if "://" not in source]
+    protected = [run.store.root, recipe, *sources]
+    check_replaceable(out, "merged", replace, protected=protected)
     base = pin({"base": wanted.base}, run)["base"]
     experts = pin({expert.name: expert.source for expert in wanted.experts}, run)
     expected = Kitchen(Planner(run.store), base, experts).merge(wanted)
-    check_replaceable(out, "merged", replace, expected.digest)
+    check_replaceable(out, "merged", replace, expected.digest, protected)
     merged = Kitchen(run, base, experts).merge(wanted)
     deliver_artifact(merged, out, run.store, replace)
     reused = run.built[-1].reused
@@ -93,8 +97,9 @@ def evaluate(
     chosen = load_suite(suite)
     settings = EvaluateSettings(split=split, limit=limit)  # type: ignore[arg-type]
     execution = Execution(device=device, batch_size=batch_size)
-    check_replaceable(out, "scores", replace)
     run = Direct(_store(store))
+    protected = [run.store.root] if "://" in model else [run.store.root, Path(model)]
+    check_replaceable(out, "scores", replace, protected=protected)
     ref = pin({"model": model}, run)["model"]
     done = len(run.built)
     scores = score(ref, model, chosen, settings, execution, run)
@@ -125,8 +130,8 @@ def bench(
     from tasks.deliver import check_replaceable, deliver_artifact
 
     wanted = load_bench(file)
-    check_replaceable(out, "report", replace)
     opened = _store(store)
+    check_replaceable(out, "report", replace, protected=[opened.root, file])
     os.environ["TRIPOISE_STORE"] = str(opened.root)
     _prepare_prefect(as_json)
     from flows.benchmark import benchmark
@@ -214,7 +219,11 @@ def store_ls(
     opened = _store(store)
     rows = []
     for ref in opened.refs(kind):
-        manifest = opened.manifest(ref)
+        try:
+            manifest = opened.manifest(ref)
+        except MergeError as error:
+            logging.getLogger("tripoise.store").warning("%s", error)
+            continue
         size = sum(record["size"] for record in manifest.files.values())
         rows.append({"artifact": f"{ref.kind}/{ref.digest}", "bytes": size, "created": manifest.created})
     text = "\n".join(f"{row['artifact'][:30]:<32} {row['bytes'] / 1e6:>12,.2f} MB  {row['created']}" for row in rows)
@@ -255,17 +264,28 @@ def store_verify(
 
 def main() -> None:
     """Run the command line; every error that Tripoise raises on purpose becomes one line and exit code 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not sys.stderr.isatty():
+        # Read by tqdm and huggingface_hub when they are imported: no bars in a log file.
+        os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        code = app(standalone_mode=False)
     except MergeError as error:
         _fail(" ".join(str(error).split()))
+    except click.ClickException as error:
+        _fail(f"{' '.join(error.format_message().split())} See tripoise --help.", 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; run the same command again to go on.", 130)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}. Nothing half-written was kept.")
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written was kept.", 130)
+        _fail(f"{where}{error.strerror or error}. Check the path, its permissions and the space on its disk.")
+    except Exception as error:
+        if os.environ.get("TRIPOISE_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())
+        _fail(f"unexpected {type(error).__name__}: {text} Set TRIPOISE_TRACEBACK=1 to see where, and report it.", 70)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
@@ -291,7 +311,8 @@ def _prepare_prefect(as_json: bool) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "ERROR" if as_json else "WARNING")
+    # What fails is told once, by main(); Prefect's own record of it is in its UI.
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
 
 
 def _scores_text(summary: dict[str, Any]) -> str:

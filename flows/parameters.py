@@ -1,15 +1,15 @@
 """Parameters of the flows: what the run form, the API and benchmark files may say."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from merging_core.methods import Linear, Method
-from merging_core.recipe import Expert, Recipe
+from merging_core.recipe import Recipe
 from tasks.evaluate import EvaluateSettings, Execution
 from tasks.recipes import (
+    AnyExpert,
     AnyMethod,
     RecipeModel,
     Source,
@@ -20,7 +20,7 @@ from tasks.recipes import (
     validated,
 )
 
-Scale = Annotated[float, Field(ge=0)]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _STRICT = ConfigDict(extra="forbid")
 
 
@@ -60,7 +60,7 @@ class Bench(BaseModel):
     title: str = Field(default="3H benchmark", title="Title", description="Heads the report.", min_length=1)
     suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
     base: Source = Field(title="Base checkpoint", description="What all experts started from.")
-    experts: list[Expert] = Field(title="Experts", description="The fine-tuned checkpoints.", min_length=1)
+    experts: list[AnyExpert] = Field(title="Experts", description="The fine-tuned checkpoints.", min_length=1)
     mixtures: list[Mixture] = Field(
         default_factory=list, title="Data mixtures", description="Models trained on mixed data, for comparison."
     )
@@ -81,13 +81,27 @@ class Bench(BaseModel):
         default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
     )
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """What no single field shows: names that repeat, and recipes that cannot be."""
+        names = ["base", *(one.name for one in self.experts), *(one.name for one in self.mixtures), *self.candidates()]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"names of base, experts, mixtures and methods must differ, {twice[0]!r} stands twice")
+        return self
+
     def candidates(self) -> dict[str, list[Recipe]]:
         """Method name to the recipes that are tried on validation, smallest scale first."""
         found: dict[str, list[Recipe]] = {}
         for method in self.methods:
-            tried: list[Method] = [method]
-            if not isinstance(method, Linear):
-                tried = [replace(method, scale=scale) for scale in sorted(set(self.scales))]
+            plain: Any = method
+            tried = [plain]
+            if scale := next((field for field in fields(plain) if field.name == "scale"), None):
+                if plain.scale != scale.default:
+                    raise ValueError(
+                        f"{method.name}: scale {plain.scale:g} would be replaced by those of scales, "
+                        "which every method tries alike; leave it out"
+                    )
+                tried = [replace(plain, scale=value) for value in sorted(set(self.scales))]
             name = method.name if method.name not in found else f"{method.name} {len(found) + 1}"
             found[name] = [Recipe(base=self.base, experts=tuple(self.experts), method=one) for one in tried]
         return found

@@ -27,35 +27,45 @@ class Kitchen:
     run: Runner
     base: Ref
     experts: Mapping[str, Ref]
-    _known: dict[tuple[str, str, object], Ref] = field(default_factory=dict)
+    _built: set[Ref] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         require_compatible(self.base, self.experts, self.run.store)
 
     def merge(self, recipe: Recipe) -> Ref:
         """Merge by a recipe, decomposing and measuring experts as its method needs it."""
-        method = recipe.method
-        vectors: dict[str, Ref] = {}
-        statistics: dict[str, Ref] = {}
-        if isinstance(method, SpectralMethod):
-            for name, expert in self.experts.items():
-                kept = decompose_settings(recipe)
-                vectors[name] = self._once(
-                    "decompose", name, kept, decompose_step(self.base, expert, name, kept, self.run.store)
-                )
-                if wanted := method.statistics:
-                    statistics[name] = self._once(
-                        "measure", name, wanted, measure_step(self.base, expert, name, wanted, self.run.store)
-                    )
-        step = merge_step(recipe, self.base, self.experts, vectors, statistics, self.run.store)
-        [merged] = self.run.build("merge", step.title, [step])
+        decompose, measure = self._ingredients(recipe)
+        vectors = {name: step.ref for name, step in decompose.items()}
+        statistics = {name: step.ref for name, step in measure.items()}
+        merge = merge_step(recipe, self.base, self.experts, vectors, statistics, self.run.store)
+        is_merged = self.run.store.find(merge.kind, merge.identity) is not None
+        for name in self.experts:
+            for what, steps in (("decompose", decompose), ("measure", measure)):
+                # What was removed from the store after its merge is not computed again for nothing.
+                if name in steps and not (is_merged and self._is_missing(steps[name])):
+                    self._once(what, steps[name])
+        [merged] = self.run.build("merge", merge.title, [merge])
         return merged
 
-    def _once(self, what: str, name: str, settings: object, step: Step) -> Ref:
-        key = (what, name, settings)
-        if key not in self._known:
-            [self._known[key]] = self.run.build(what, step.title, [step])
-        return self._known[key]
+    def _ingredients(self, recipe: Recipe) -> tuple[dict[str, Step], dict[str, Step]]:
+        method, store = recipe.method, self.run.store
+        if not isinstance(method, SpectralMethod):
+            return {}, {}
+        kept, wanted = decompose_settings(recipe), method.statistics
+        decompose = {name: decompose_step(self.base, ref, name, kept, store) for name, ref in self.experts.items()}
+        if wanted is None:
+            return decompose, {}
+        return decompose, {
+            name: measure_step(self.base, ref, name, wanted, store) for name, ref in self.experts.items()
+        }
+
+    def _is_missing(self, step: Step) -> bool:
+        return self.run.store.find(step.kind, step.identity) is None
+
+    def _once(self, what: str, step: Step) -> None:
+        if step.ref not in self._built:
+            self.run.build(what, step.title, [step])
+            self._built.add(step.ref)
 
 
 def score(

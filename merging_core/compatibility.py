@@ -75,7 +75,7 @@ def own_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 def vocabulary_size(checkpoint: Checkpoint) -> int | None:
     """``vocab_size`` of the config, or of its language model where that is nested; None if neither says."""
-    size = checkpoint.config.get("vocab_size", checkpoint.config.get("text_config", {}).get("vocab_size"))
+    size = checkpoint.config.get("vocab_size", (checkpoint.config.get("text_config") or {}).get("vocab_size"))
     return size if isinstance(size, int) else None
 
 
@@ -130,6 +130,11 @@ def _mismatches(base: Checkpoint, expected: Mapping[str, TensorInfo], name: str,
         for key in ARCHITECTURE
         if _differ(base.config, expert.config, key)
     )
+    if _rope_scaling(base.config) != _rope_scaling(expert.config):
+        yield (
+            f"config.json of expert {name!r} has rope_scaling {_rope_scaling(expert.config) or 'none'}, "
+            f"that of the base {_rope_scaling(base.config) or 'none'}"
+        )
     ours, theirs = vocabulary(base.folder), vocabulary(expert.folder)
     if ours is not None and theirs is not None and ours != theirs:
         differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
@@ -152,6 +157,15 @@ def _differ(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> boo
 def _entry(config: Mapping[str, Any], key: str) -> Any:
     # transformers 5 nests rope_theta, older releases do not.
     return config.get(key, (config.get("rope_parameters") or {}).get(key))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How positions are stretched; nothing for the default, which releases of transformers write differently."""
+    stated = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    kind = stated.pop("type", stated.pop("rope_type", "default"))
+    stated.pop("rope_theta", None)
+    stated.pop("rope_type", None)
+    return {} if kind == "default" else {"rope_type": kind, **stated}
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,5 @@
 """A recipe: everything that determines the merged bits."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Final, Literal
@@ -10,10 +9,14 @@ from annotated_types import Ge
 
 from merging_core.errors import RecipeError
 from merging_core.methods import Linear, Method, RTsvm, SpectralMethod
+from merging_core.methods.base import WeightChecker
 from merging_core.settings import STRICT, check_bounds, check_choices
 
 # Raise it, with a bold line in CHANGELOG.md, whenever a merge of the same inputs gives other bytes.
 MERGE_VERSION: Final = 1
+
+# Far above any use, and far enough below the largest float32 that a sum of weights is one.
+MAX_WEIGHT: Final = 1e30
 
 ComputeDtype = Literal["float32", "float64"]
 StoredDtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -35,14 +38,17 @@ class Expert:
     source: str
     """Local folder, hf://org/name@revision or mini3h://role."""
     weight: float = 1.0
-    """Factor on this expert, finite."""
+    """Factor on this expert, at most 1e30 in size."""
 
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.source.strip():
             raise RecipeError(f"expert {self.name!r}: name and source must not be empty.")
         is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not is_number or not math.isfinite(self.weight):
-            raise RecipeError(f"expert {self.name!r}: weight must be a finite number, got {self.weight!r}.")
+        if not is_number or not abs(self.weight) <= MAX_WEIGHT:
+            raise RecipeError(
+                f"expert {self.name!r}: weight must be a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, "
+                f"got {self.weight!r}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +84,8 @@ class Recipe:
             raise RecipeError(f"recipe: expert names must differ, {twice[0]!r} stands {names.count(twice[0])} times.")
         if isinstance(self.method, Linear):
             self.method.divisor(self.weights)
+        if isinstance(self.method, WeightChecker):
+            self.method.check_weights(self.weights)
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -1,13 +1,18 @@
-"""Output folders: filled beside their place and moved there by one rename, never half written."""
+"""Output folders: filled beside their place and moved there by rename, never half written."""
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from merging_core.errors import RecipeError
-from tasks.store import MANIFEST, Ref, Store, flush, flush_folder, remove
+from merging_core.errors import CheckpointError, RecipeError
+from tasks.store import MANIFEST, Ref, Store, flush, flush_folder, free_bytes, remove
 
 
 def deliver_artifact(ref: Ref, out: Path, store: Store, replace: bool = False) -> None:
@@ -30,67 +35,110 @@ def deliver_artifact(ref: Ref, out: Path, store: Store, replace: bool = False) -
             else:
                 shutil.copyfile(path, target)
 
-    deliver(out, fill, ref, store, replace)
+    deliver(out, fill, ref, replace)
 
 
-def deliver(out: Path, fill: Callable[[Path], None], ref: Ref, store: Store, replace: bool = False) -> None:
-    """Fill a folder and put it in the place of ``out``.
+def deliver(out: Path, fill: Callable[[Path], None], ref: Ref, replace: bool = False) -> None:
+    """Fill a folder and put it in the place of ``out``; of two deliveries to one place, one after the other.
 
     Args:
-        out: absent, empty, or an earlier delivery of the same kind.
-        fill: writes into an empty folder beside ``out``; must write a ``manifest.json`` with kind and digest.
+        out: absent, empty, or an earlier delivery of the same artifact.
+        fill: writes into an empty folder beside ``out``; must write a ``manifest.json`` with kind, digest and files.
         ref: what is delivered.
-        store: whose lock keeps two deliveries apart.
         replace: whether ``out`` may hold something else, which is then removed.
+
+    Raises:
+        RecipeError: see :func:`check_replaceable`.
+        CheckpointError: if the disk is full; ``out`` is as it was.
     """
-    out = out.absolute()
-    check_replaceable(out, ref.kind, replace, ref.digest)
-    with store.lock("deliver-" + ref.digest):
-        partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    out = out.expanduser().resolve()
+    partial, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    with _lock(out):
+        if old.exists() and not out.exists():
+            os.rename(old, out)  # an earlier delivery was killed between its two renames
+        check_replaceable(out, ref.kind, replace, ref.digest)
         remove(partial)
+        remove(old)
         partial.mkdir(parents=True)
         try:
             fill(partial)
             flush_folder(partial)
-            remove(old)
             if out.exists():
                 os.rename(out, old)
-            os.rename(partial, out)
+            try:
+                os.rename(partial, out)
+            except BaseException:
+                if old.exists():
+                    os.rename(old, out)
+                raise
             flush(out.parent)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CheckpointError(
+                f"{out}: the disk is full ({free_bytes(out.parent):,} bytes free). Free some space or name another "
+                "folder with --out; it is as it was."
+            ) from error
         finally:
             remove(partial)
-            remove(old)
+        remove(old)
 
 
-def check_replaceable(out: Path, kind: str, replace: bool, digest: str | None = None) -> None:
-    """Refuse an output folder that holds something of value.
+def check_replaceable(
+    out: Path, kind: str, replace: bool, digest: str | None = None, protected: Iterable[Path] = ()
+) -> None:
+    """Refuse an output folder that cannot be written, or that holds something of value.
+
+    Args:
+        out: where a delivery shall go.
+        kind: kind of the artifact.
+        replace: whether another artifact or foreign files may be removed.
+        digest: of the artifact, once it is known.
+        protected: files and folders that must not vanish, whatever ``replace`` says: the store, the sources.
 
     Raises:
-        RecipeError: if ``out`` is a file, or, unless ``replace`` is set, a folder with foreign files, a delivery of
-            another kind, or a merged model other than ``digest``. Nothing is changed.
+        RecipeError: if ``out`` is a file; is or contains the current folder or a protected place; cannot be created;
+            or, unless ``replace`` is set, holds anything but the same artifact. Nothing is changed.
     """
+    out = out.expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise RecipeError(f"{out}: is a file, a folder is expected. Name another place with --out.")
+    for place in (Path.cwd(), *protected):
+        if place.expanduser().resolve().is_relative_to(out):
+            raise RecipeError(
+                f"{out}: is or contains {place}, which would be replaced. Name another folder with --out."
+            )
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RecipeError(f"{out}: cannot be created, {parent} is not a folder one may write to. Name another --out.")
     if replace or not out.is_dir() or not any(out.iterdir()):
         return
-    held = _held(out)
-    if held is None:
-        what = "files that Tripoise did not write"
-    elif held.kind != kind:
-        what = f"an artifact of another kind ({held})"
-    elif kind == "merged" and digest not in (None, held.digest):
-        what = f"another merged model ({held})"
-    else:
-        return
-    raise RecipeError(f"{out}: holds {what}. Name another folder, or replace it with --replace.")
+    if what := _other_than(out, kind, digest):
+        raise RecipeError(f"{out}: holds {what}. Name another folder, or replace it with --replace.")
 
 
-def _held(out: Path) -> Ref | None:
+def _other_than(out: Path, kind: str, digest: str | None) -> str | None:
+    """What a folder holds besides an artifact; None if it is just that artifact."""
     try:
-        manifest = json.loads((out / MANIFEST).read_text())
-        return Ref(str(manifest["kind"]), str(manifest["digest"]))
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        held, listed = Ref(str(manifest["kind"]), str(manifest["digest"])), {*manifest["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return "files that Tripoise did not write"
+    if held.kind != kind or digest not in (None, held.digest):
+        return f"another artifact ({held})"
+    foreign = sorted({path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} - listed)
+    return f"{len(foreign)} files that Tripoise did not write, first {foreign[0]!r}" if foreign else None
+
+
+@contextlib.contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; it lies outside, since the folder is replaced and the store may be another."""
+    name = hashlib.sha256(str(out).encode()).hexdigest()[:32]
+    with (Path(tempfile.gettempdir()) / f"tripoise-{os.getuid()}-{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _link_or_copy(path: Path, target: Path) -> None:

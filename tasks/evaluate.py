@@ -108,32 +108,58 @@ class _Model:
 
 
 def load_model(folder: Path, execution: Execution) -> Any:
-    """Load a model folder for lm-eval, in its stored dtype, without running code from the folder."""
+    """Load a model folder for lm-eval, in its stored dtype, without running code from the folder.
+
+    Raises:
+        RecipeError: if there is no such device.
+        CheckpointError: if config or tokenizer are missing, transformers cannot load the folder, or a weight that the
+            model needs is not in it (transformers would draw it at random and only warn).
+    """
+    import torch
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _quiet_neighbours()
+    _require_device(execution.device)
     if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in _TOKENIZERS):
         raise CheckpointError(
             f"{folder}: has no {CONFIG} or no tokenizer ({', '.join(_TOKENIZERS)}). "
             "Copy them from the base: a model is evaluated as it would be used."
         )
     try:
-        lm = HFLM(
-            pretrained=str(folder),
-            device=execution.device,
-            batch_size=execution.batch_size,
-            dtype="auto",
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: transformers cannot load it ({reason}). Check config and weights.") from error
+    model, report = loaded
+    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise CheckpointError(
-            f"{folder}: transformers cannot load it ({str(error).strip().splitlines()[0]})."
-        ) from error
+            f"{folder}: lacks {len(wrong)} weights that its config asks for, first {wrong[:3]}. Fetch the folder again."
+        )
+    lm = HFLM(
+        pretrained=model.to(torch.device(execution.device)).eval(),
+        tokenizer=tokenizer,
+        batch_size=execution.batch_size,
+    )
     if not sys.stderr.isatty():
         # lm-eval draws its bars wherever it runs, and a log file is no place for them.
         for request in ("generate_until", "loglikelihood", "loglikelihood_rolling"):
             setattr(lm, request, partial(getattr(lm, request), disable_tqdm=True))
     return lm
+
+
+def _require_device(name: str) -> None:
+    """lm-eval would fall back to the CPU without a word."""
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(
+            f"device {name!r}: not usable here ({reason}). Use cpu, or cuda:0 on a GPU machine."
+        ) from error
 
 
 def run_benchmark(lm: Any, suite: Suite, benchmark: Benchmark, settings: EvaluateSettings) -> Scored:
@@ -160,6 +186,8 @@ def run_benchmark(lm: Any, suite: Suite, benchmark: Benchmark, settings: Evaluat
         loaded = manager.load([benchmark.task])
     except (KeyError, ValueError) as error:
         raise RecipeError(f"suite {suite.name}: lm-eval cannot load {benchmark.task!r} ({error}).") from error
+    if suite.world is None:
+        _select_split(loaded["tasks"][benchmark.task], benchmark, settings.split)
     results: Any = evaluate(
         lm,
         loaded,
@@ -189,6 +217,18 @@ def run_benchmark(lm: Any, suite: Suite, benchmark: Benchmark, settings: Evaluat
         bos=_bos(lm),
         chat_template=settings.apply_chat_template,
     )
+
+
+def _select_split(task: Any, benchmark: Benchmark, split: Split) -> None:
+    """Let lm-eval score the split that was asked for; by itself it takes test where there is one, else validation."""
+    if split == "test":
+        return
+    if task.config.test_split is None or task.config.validation_split is None:
+        raise RecipeError(
+            f"benchmark {benchmark.task}: has no validation split beside its test split, and a choice must not be made "
+            "on what is reported. Give the task file a validation_split and a test_split."
+        )
+    task.config.test_split = task.config.validation_split
 
 
 def _sample(entry: Mapping[str, Any], benchmark: Benchmark) -> Sample:

@@ -10,7 +10,7 @@ from typing import Any, Final
 from merging_core.checkpoint import CONFIG, INDEX, Checkpoint
 from merging_core.merge import Inputs, MatrixDiagnostics, merge, merged_bytes
 from merging_core.recipe import Recipe
-from tasks.model_card import model_card
+from tasks.model_card import licence_of, model_card
 from tasks.progress import track
 from tasks.recipes import recipe_yaml
 from tasks.sources.local import COMPANIONS
@@ -38,6 +38,7 @@ def merge_step(
         statistics: expert name to statistics, for methods that ask for them.
         store: where they lie.
     """
+    licence = licence_of(store.folder(base)) if store.home(base).exists() else None
 
     def make(out: Path) -> dict[str, Any]:
         inputs = Inputs(
@@ -59,11 +60,12 @@ def merge_step(
 
             diagnostics = merge(recipe, inputs, out, count)
         _copy_side_files(recipe, inputs.base, out)
-        (out / "recipe.yaml").write_text(recipe_yaml(recipe))
-        (out / "README.md").write_text(model_card(recipe, base, experts, inputs.base))
+        (out / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
+        (out / "README.md").write_text(model_card(recipe, base, experts, licence), encoding="utf-8")
         return {"recipe": asdict(recipe), "diagnostics": [asdict(one) for one in diagnostics]}
 
     identity = recipe.identity(base.digest, {name: ref.digest for name, ref in experts.items()})
+    identity["licence"] = licence
     identity["task_vectors"] = {name: ref.digest for name, ref in vectors.items()}
     identity["statistics"] = {name: ref.digest for name, ref in statistics.items()}
     parents = (base, *experts.values(), *vectors.values(), *statistics.values())

@@ -1,10 +1,11 @@
 """Planning: which steps of a flow would be computed, and why, without computing any."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from merging_core.digest import digest_of
+from merging_core.errors import CheckpointError
 from tasks.progress import silent
 from tasks.sources import resolve
 from tasks.sources.mini3h import mini3h_step, parse_mini3h
@@ -52,7 +53,7 @@ class Planner:
         return self._ask(mini3h_step(role, seed, budget, base, self.store, silent))
 
     def _ask(self, step: Step) -> Ref:
-        ref = Ref(step.kind, digest_of(step.identity))
+        ref = step.ref
         found = self.store.find(step.kind, step.identity) is not None
         if ref not in [one.ref for one in self.planned]:
             self.planned.append(Planned(step.title, ref, found, "" if found else self._why(step)))
@@ -60,7 +61,10 @@ class Planner:
 
     def _why(self, step: Step) -> str:
         wanted = _flat(step.identity)
-        others = [_flat(self.store.manifest(ref).identity) for ref in self.store.refs(step.kind)]
+        others = []
+        for ref in self.store.refs(step.kind):
+            with suppress(CheckpointError):  # a damaged record is the business of `tripoise store verify`
+                others.append(_flat(self.store.manifest(ref).identity))
         related = [other for other in others if other.keys() & wanted.keys()]
         if not related:
             return f"no {step.kind} in the store"

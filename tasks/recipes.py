@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from merging_core.errors import RecipeError
 from merging_core.methods import METHODS, Method, RTsvm
 from merging_core.recipe import ComputeDtype, Expert, Recipe, StoredDtype
 
-AnyMethod = Annotated[Method, Field(discriminator="name")]
+
+def _no_booleans(data: Any) -> Any:
+    """Refuse true and false where a number is meant: pydantic would read them as 1 and 0."""
+    if isinstance(data, Mapping):
+        for name, value in data.items():
+            if isinstance(value, bool) and name in _NUMBERS:
+                raise ValueError(f"{name} must be a number, got {value!r}")
+    return data
+
+
+# Settings and entries that hold a number in every method and expert.
+_NUMBERS = {
+    field.name for shape in (*METHODS.values(), Expert) for field in fields(shape) if "float" in str(field.type)
+} | {"seed"}
+
+AnyMethod = Annotated[Method, Field(discriminator="name"), BeforeValidator(_no_booleans)]
+AnyExpert = Annotated[Expert, BeforeValidator(_no_booleans)]
 Source = Annotated[str, Field(min_length=1)]
 
 
@@ -26,7 +42,7 @@ class RecipeModel(BaseModel):
         title="Base checkpoint",
         description="What all experts started from: a local folder, hf://org/name@revision or mini3h://base.",
     )
-    experts: list[Expert] = Field(
+    experts: list[AnyExpert] = Field(
         title="Experts", description="The fine-tuned checkpoints, in the order in which they are merged.", min_length=1
     )
     method: AnyMethod = Field(
@@ -58,6 +74,17 @@ class RecipeModel(BaseModel):
         )
 
 
+class _UniqueLoader(yaml.SafeLoader):
+    """Refuses a name that stands twice in one mapping: plain YAML would keep the last and drop the first silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name!r} stands twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
@@ -65,10 +92,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: if the file is missing, is not YAML, or holds something else.
     """
     try:
-        value = yaml.safe_load(path.read_text())
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueLoader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: expected a mapping of names to values, got {type(value).__name__}.")
@@ -120,7 +147,7 @@ def method_as_mapping(method: Any) -> dict[str, Any]:
     if not isinstance(plain, Mapping) or "name" not in plain:
         raise RecipeError(f"method: expected a name or a mapping with a name, got {method!r}.")
     name = plain["name"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise RecipeError(f"method {name!r} does not exist.{nearest(str(name), METHODS)} All: {', '.join(METHODS)}.")
     check_names(f"method {name}", plain, [field.name for field in fields(METHODS[name])])
     return dict(plain)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, get_args
 
+from merging_core.digest import digest_of
 from tasks import comparison
 from tasks.comparison import Comparison, ModelSamples, Role
 from tasks.deliver import deliver
@@ -25,7 +26,7 @@ from tasks.report import (
 )
 from tasks.scores import SAMPLES_FILE, read_record, read_values
 from tasks.steps import Step
-from tasks.store import MANIFEST, Ref, Store, package_versions
+from tasks.store import MANIFEST, Ref, Store, package_versions, record_files
 from tasks.suite import Dimension, Suite
 from tasks.vectors import read_interference
 
@@ -145,9 +146,11 @@ def deliver_scores(
         What ``scores.json`` holds.
     """
     records = [read_record(ref, store) for ref in scores]
+    delivered = Ref("scores", digest_of(sorted(ref.digest for ref in scores)))
     summary = {
-        "digest": model.digest,
+        "digest": delivered.digest,
         "model": name,
+        "model_digest": model.digest,
         "suite": suite.name,
         "split": records[0]["split"],
         "partial": any(record["partial"] for record in records),
@@ -159,9 +162,15 @@ def deliver_scores(
         for ref, record in zip(scores, records, strict=True):
             shutil.copyfile(store.folder(ref) / SAMPLES_FILE, folder / f"{record['task']}.parquet")
         (folder / "scores.json").write_text(json.dumps(summary, indent=1))
-        (folder / MANIFEST).write_text(json.dumps({"kind": "scores", "digest": model.digest}))
+        manifest = {
+            "kind": delivered.kind,
+            "digest": delivered.digest,
+            "parents": [f"{ref.kind}/{ref.digest}" for ref in scores],
+            "files": record_files(folder),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
-    deliver(out, fill, Ref("scores", model.digest), store, replace)
+    deliver(out, fill, delivered, replace)
     return summary
 
 

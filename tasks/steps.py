@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from merging_core.digest import digest_of
 from tasks.progress import track
 from tasks.sources import resolve
 from tasks.store import Built, Ref, Store
@@ -31,6 +32,11 @@ class Step:
     """Artifacts it is made from."""
     make: Callable[[Path], Mapping[str, Any] | None] = field(repr=False)
     """Writes the files into an empty folder; may return details for the manifest."""
+
+    @property
+    def ref(self) -> Ref:
+        """The artifact's name, whether or not it exists."""
+        return Ref(self.kind, digest_of(self.identity))
 
     def build(self, store: Store) -> Built:
         """Reuse the artifact or make it."""

@@ -60,7 +60,7 @@ class Manifest:
     identity: dict[str, Any]
     parents: list[str]
     files: dict[str, dict[str, Any]]
-    """Name to ``size`` in bytes and ``sha256``; for files used in place also ``mtime_ns``."""
+    """Name to ``size`` in bytes, ``sha256`` and ``mtime_ns``: a file that was written to since is noticed on reuse."""
     created: str
     seconds: float
     versions: dict[str, str]
@@ -98,7 +98,7 @@ class Store:
         """
         path = self.home(ref) / MANIFEST
         try:
-            return Manifest(**json.loads(path.read_text()))
+            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise CheckpointError(
                 f"{ref}: not in the store {self.root}. List what is there with `tripoise store ls`."
@@ -190,7 +190,10 @@ class Store:
 
     def problems(self, ref: Ref) -> list[str]:
         """Compare every file of an artifact with its recorded size and sha256; an empty list means intact."""
-        manifest = self.manifest(ref)
+        try:
+            manifest = self.manifest(ref)
+        except CheckpointError as error:
+            return [str(error)]
         folder = Path(manifest.location) if manifest.location else self.home(ref)
         found = []
         for name, record in manifest.files.items():
@@ -252,7 +255,7 @@ class Store:
                 versions=package_versions(),
                 details=details,
             )
-            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+            (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
             flush_folder(partial)
             remove(home)
             os.rename(partial, home)
@@ -262,9 +265,13 @@ class Store:
 
 
 def record_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file below ``folder``, by its path relative to it."""
+    """Size, sha256 and time of change of every file below ``folder``, by its path relative to it."""
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": file_sha256(path),
+            "mtime_ns": path.stat().st_mtime_ns,
+        }
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -313,5 +320,7 @@ def flush(path: Path) -> None:
 
 def remove(folder: Path) -> None:
     """Remove a folder and all below it, if it is there."""
+    if folder.is_symlink():
+        folder.unlink()
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)

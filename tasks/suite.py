@@ -83,16 +83,30 @@ class Suite:
         )
 
     def _files(self, benchmark: Benchmark) -> list[Path]:
-        """The task's file, the files it includes, and the Python files whose functions they may name."""
+        """The task's file, what it includes, Python files whose functions they may name, and local data files."""
         pending, found = [self.tasks_folder / f"{benchmark.task}.yaml"], set(self.tasks_folder.glob("*.py"))
         while pending:
             path = pending.pop()
+            if path in found:
+                continue
             if not path.is_file():
                 raise RecipeError(f"suite {self.name}: no task file {path}. Each task has a file of its name.")
             found.add(path)
-            included = yaml.load(path.read_text(), Loader=_TaskLoader).get("include", [])
-            pending += [path.parent / name for name in ([included] if isinstance(included, str) else included)]
+            if path.suffix in (".yaml", ".yml") or "." not in path.name:
+                task = self._read_task(path)
+                included = task.get("include") or []
+                pending += [path.parent / name for name in ([included] if isinstance(included, str) else included)]
+                pending += _data_files((task.get("dataset_kwargs") or {}).get("data_files"))
         return sorted(found)
+
+    def _read_task(self, path: Path) -> dict[str, Any]:
+        try:
+            task = yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RecipeError(f"suite {self.name}: {path} is not YAML ({' '.join(str(error).split())}).") from error
+        if not isinstance(task, dict):
+            raise RecipeError(f"suite {self.name}: {path} is not a task file: a mapping is expected.")
+        return task
 
     def _documents_digest(self, benchmark: Benchmark, split: Split) -> str | None:
         if self.world is None:
@@ -102,6 +116,14 @@ class Suite:
 
         skill: Any = benchmark.task.removeprefix("mini3h_")
         return digest_of([asdict(one) for one in documents(World(self.world_seed), skill, split)])
+
+
+def _data_files(named: Any) -> list[Path]:
+    """Local files among lm-eval's ``data_files``: a path, a list, or a mapping of split to either."""
+    if isinstance(named, str):
+        return [Path(named)] if Path(named).exists() else []
+    parts = named.values() if isinstance(named, dict) else named or []
+    return [path for part in parts for path in _data_files(part)]
 
 
 class _TaskLoader(yaml.SafeLoader):

@@ -51,6 +51,14 @@ class TensorMethod(Protocol):
         """
 
 
+@runtime_checkable
+class WeightChecker(Protocol):
+    """A method that has no meaning for some numbers of experts or some weights; a recipe asks before it reads."""
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Raise a RecipeError unless the method has a meaning for experts of these weights, in recipe order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Directions:
     """What a spectral method keeps of one matrix."""

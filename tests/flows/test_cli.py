@@ -169,7 +169,7 @@ def test_an_output_folder_with_another_model_is_refused_before_anything_is_compu
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     code, _, err = tripoise("merge", recipe_file(), "--out", tmp_path / "out")
     assert code == 1
-    assert "another merged model" in err
+    assert "another artifact" in err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert not (tmp_path / "store" / "task-vectors").exists()
     assert tripoise("merge", recipe_file(), "--out", tmp_path / "out", "--replace")[0] == 0

@@ -1,0 +1,81 @@
+"""DELLA: drop entries at random, small ones more often, and rescale the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from merging_core.election import sum_of_weights, weighted_sum
+from merging_core.methods.base import Site
+from merging_core.methods.blockwise import merge_sparse
+from merging_core.settings import STRICT, check_bounds, check_choices
+from merging_core.sparsity import KeepByRank, check_epsilon, sparsify
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Della:
+    """Drop by magnitude at random and rescale, then add.
+
+    In every row of ``D_i = W_i - W_0`` with N entries, an entry whose magnitude has rank r (1 the smallest) is kept
+    with probability ``p = density - epsilon + 2 * epsilon * (r - 1) / (N - 1)``; with ``M_i`` these draws,
+    ``W = W_0 + scale * sum_i w_i M_i D_i / p_i``. A vector is one row.
+
+    Raises:
+        RecipeError: if a probability would leave [0, 1].
+
+    Numerics:
+        Masks come from seed, tensor name and expert name alone. L1 norms in float64.
+
+    References:
+        Deep et al., DELLA-Merging (arXiv 2406.11617).
+        Deviation from the paper: no sign election here; that is ``della_ties``.
+        Deviations from mergekit's della_linear: probabilities may reach 0 and 1; a row of one entry has probability
+        ``density`` (there: NaN); a row of a tensor with more than two dimensions is what its first index picks (there:
+        the second dimension alone); equal magnitudes are ranked from left to right; what is kept is divided by its own
+        probability (its way is ``rescale: l1``); the default density is 0.5 (its 1.0 is out of its own range);
+        weights that cancel cannot be normalised, instead of not being divided.
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+    name: Literal["della"] = "della"
+    """Drop entries at random, small ones more often, rescale, sum."""
+    scale: Annotated[float, Ge(0)] = 1.0
+    """Factor on the merged update, >= 0."""
+    density: Annotated[float, Ge(0), Le(1)] = 0.5
+    """Mean probability of an entry to be kept, in [epsilon, 1 - epsilon]."""
+    epsilon: Annotated[float, Ge(0), Le(0.5)] = 0.15
+    """Distance from density to the probabilities of the smallest and largest entry of a row, in [0, 0.5]."""
+    rescale: Literal["inverse_density", "l1", "none"] = "inverse_density"
+    """What is kept is divided by its probability, or scaled to the update's L1 norm, or left."""
+    normalize: bool = False
+    """Divide by the sum of the weights."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "della")
+        check_choices(self, "della")
+        check_epsilon("della", self.density, self.epsilon)
+
+    def merge(self, base: Tensor, experts: Sequence[Tensor], weights: Sequence[float], site: Site) -> Tensor:
+        """Merge one tensor; see :class:`~merging_core.methods.base.TensorMethod`."""
+        drop = KeepByRank(self.density, self.epsilon, divide=self.rescale == "inverse_density")
+        updates = [
+            sparsify(base, expert, drop, partial(site.generator, own), self.rescale)
+            for own, expert in zip(site.experts, experts, strict=True)
+        ]
+        divisor = self.divisor(weights)
+        return merge_sparse(base, updates, partial(weighted_sum, weights=weights, divisor=divisor), self.scale)
+
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that cancel, if they are to be normalised."""
+        self.divisor(weights)
+
+    def divisor(self, weights: Sequence[float]) -> float:
+        """What the weighted sum is divided by: the sum of the weights, or 1.
+
+        Raises:
+            RecipeError: if they cancel, up to rounding.
+        """
+        return sum_of_weights(weights, "della") if self.normalize else 1.0
