@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
-# FusionBench is an oracle for one test. Its one file is read from this folder; its dependencies are not needed.
+# Oracles of the parity tests, each in a folder of its own: single files of them are run, their dependencies are not needed.
 PARITY := .parity
+MERGEKIT := .parity-mergekit
 
 .PHONY: demo test check format clean
 .DEFAULT_GOAL := demo
@@ -22,13 +23,17 @@ $(PARITY)/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PARITY) fusion-bench==0.2.33
 	touch $@
 
+$(MERGEKIT)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(MERGEKIT) mergekit==0.1.5
+	touch $@
+
 # The main job: train the mini-3H world, merge by every method, evaluate, report; then use one of the merges.
 demo: $(VENV)/.installed
 	$(BIN)/tripoise bench recipes/mini-3h.yaml --out $(OUT)/report --replace
 	$(BIN)/tripoise merge $(OUT)/report/recipes/r_tsvm.yaml --out $(OUT)/r_tsvm --replace
 	$(BIN)/python -m tasks.mini3h.ask $(OUT)/r_tsvm
 
-test: $(VENV)/.dev $(PARITY)/.installed
+test: $(VENV)/.dev $(PARITY)/.installed $(MERGEKIT)/.installed
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev
@@ -42,4 +47,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(MERGEKIT) $(OUT) build *.egg-info

@@ -78,7 +78,7 @@ class _UniqueLoader(yaml.SafeLoader):
     """Refuses a name that stands twice in one mapping: plain YAML would keep the last and drop the first silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
         for name in names:
             if names.count(name) > 1:
                 raise yaml.YAMLError(f"{name!r} stands twice, line {node.start_mark.line + 1}")
