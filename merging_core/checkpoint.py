@@ -7,8 +7,9 @@ with every shard that it names; each tensor of the index is in its shard and eac
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merging_core.errors import CheckpointError
+from merging_core.threads import computed_ahead
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -190,6 +192,7 @@ def write_checkpoint(
     compute: Callable[[str], Tensor],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    num_workers: int = 1,
     written: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Write a checkpoint's weights, asking for one tensor at a time.
@@ -200,8 +203,9 @@ def write_checkpoint(
     Args:
         folder: existing folder for the files.
         tensors: dtype and shape of every tensor to be written.
-        compute: called once for each name, in file order; must return a tensor of the announced dtype and shape.
+        compute: called once for each name; must return a tensor of the announced dtype and shape.
         max_shard_bytes: a shard is closed before it exceeds this; a larger tensor gets a shard of its own.
+        num_workers: threads that compute; the files are written in order, whatever their number.
         written: called with the number of bytes after each tensor.
 
     Raises:
@@ -210,14 +214,16 @@ def write_checkpoint(
     shards = _shards(tensors, max_shard_bytes)
     single = len(shards) == 1
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
-        with (folder / file).open("wb") as out:
-            out.write(_header({name: tensors[name] for name in names}))
-            for name in names:
-                _write_tensor(out, name, compute(name), tensors[name])
-                written(tensors[name].num_bytes)
+    computed = computed_ahead([name for names in shards for name in names], compute, num_workers)
+    with closing(computed):
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            weight_map.update(dict.fromkeys(names, file))
+            with (folder / file).open("wb") as out:
+                out.write(_header({name: tensors[name] for name in names}))
+                for name, tensor in islice(computed, len(names)):
+                    _write_tensor(out, name, tensor, tensors[name])
+                    written(tensors[name].num_bytes)
     if not single:
         total = sum(info.num_bytes for info in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -13,6 +13,7 @@ import torch
 from merging_core.checkpoint import Checkpoint, natural_order
 from merging_core.compatibility import check_compatible
 from merging_core.task_vectors import update_of
+from merging_core.threads import one_torch_thread
 
 INTERFERENCE_VERSION: Final = 1
 
@@ -45,6 +46,7 @@ def measure_interference(base: Path, experts: Mapping[str, Path]) -> Interferenc
     total = torch.zeros(len(names), len(names), dtype=torch.float64)
     rows = []
     with ExitStack() as stack:
+        stack.enter_context(one_torch_thread())
         reference = stack.enter_context(Checkpoint(base, "the base"))
         opened = [stack.enter_context(Checkpoint(experts[name], f"expert {name!r}")) for name in names]
         expected = check_compatible(reference, dict(zip(names, opened, strict=True)))

@@ -1,5 +1,6 @@
 """The merge itself: one tensor at a time from the inputs to the output folder."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from merging_core.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, write_checkpoint
+from merging_core.checkpoint import MAX_SHARD_BYTES, Checkpoint, TensorInfo, natural_order, write_checkpoint
 from merging_core.compatibility import check_compatible, own_tensors
 from merging_core.errors import IncompatibleError, NumericalError
 from merging_core.methods.base import Site, SpectralMethod, TensorMethod, add_update
@@ -17,6 +18,7 @@ from merging_core.recipe import DTYPES, Recipe
 from merging_core.spectral import combine
 from merging_core.statistics import Statistics
 from merging_core.task_vectors import TaskVectors, read_statistics, require_finite
+from merging_core.threads import one_torch_thread
 
 _FLOAT64_BYTES: Final = 8
 
@@ -67,7 +69,7 @@ def merge(
         max_shard_bytes: size at which a new output shard is begun.
 
     Returns:
-        For spectral methods, ranks and weights of each matrix, in file order; else nothing.
+        For spectral methods, ranks and weights of each matrix, in the order of the layers; else nothing.
 
     Raises:
         IncompatibleError: if the checkpoints do not fit together, or a tensor that is only copied differs.
@@ -104,8 +106,13 @@ def merge(
                 _explain(name, recipe, [base, *experts.values()], layout[name].dtype)
             return merged
 
-        write_checkpoint(out, layout, compute, max_shard_bytes=max_shard_bytes, written=progress)
-        return job.diagnostics
+        stack.enter_context(one_torch_thread())
+        # Singular directions are worth several threads; other methods wait for the disk, and their inputs are large.
+        num_workers = (os.cpu_count() or 1) if isinstance(job, _SpectralJob) else 1
+        write_checkpoint(
+            out, layout, compute, max_shard_bytes=max_shard_bytes, num_workers=num_workers, written=progress
+        )
+        return sorted(job.diagnostics, key=lambda one: natural_order(one.tensor))
 
 
 def merged_bytes(recipe: Recipe, base: Checkpoint) -> int:

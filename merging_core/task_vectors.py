@@ -1,10 +1,13 @@
 """Task vectors as a step of their own: decompose one expert's updates, measure them, read them back."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, ClassVar, Final, Literal, Self
 
 import torch
@@ -17,6 +20,7 @@ from merging_core.errors import CheckpointError, NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
 from merging_core.spectral import Spectrum, leading_triplets
 from merging_core.statistics import Statistics, StatisticsSettings, measure, rounding_floor
+from merging_core.threads import one_torch_thread
 
 # Raise them, with a bold line in CHANGELOG.md, whenever the same inputs give other bytes.
 DECOMPOSE_VERSION: Final = 1
@@ -94,21 +98,48 @@ def decompose(
             layout[name + _RIGHT] = TensorInfo(torch.float32, (rank, cols))
         elif info.dtype.is_floating_point:
             layout[name] = TensorInfo(torch.float32, info.shape)
-    ready: dict[str, Tensor] = {}
 
-    def compute(name: str) -> Tensor:
-        if name in ready:
-            return ready.pop(name)
-        tensor = name.rpartition(":")[0] if name.endswith((_LEFT, _SPECTRUM, _RIGHT)) else name
+    def parts(tensor: str) -> dict[str, Tensor]:
         update = update_of(base, expert, tensor)
         progress(expert.tensors[tensor].num_bytes)
-        if tensor == name:
-            return update.to(torch.float32)
+        if tensor in layout:
+            return {tensor: update.to(torch.float32)}
         rank = layout[tensor + _SPECTRUM].shape[0]
-        ready.update(_padded(tensor, _directions(update, expert.load(tensor), rank), layout))
-        return ready.pop(name)
+        return _padded(tensor, _directions(update, expert.load(tensor), rank), layout)
 
-    write_checkpoint(out, layout, compute)
+    shared = _Shared(parts)
+
+    def compute(name: str) -> Tensor:
+        return shared.take(name.rpartition(":")[0] if name.endswith((_LEFT, _SPECTRUM, _RIGHT)) else name, name)
+
+    with one_torch_thread():
+        write_checkpoint(out, layout, compute, num_workers=os.cpu_count() or 1)
+
+
+class _Shared:
+    """The parts of each tensor, made once by whichever thread asks first, and forgotten when all are taken."""
+
+    def __init__(self, make: Callable[[str], dict[str, Tensor]]) -> None:
+        self._make = make
+        self._lock = Lock()
+        self._made: dict[str, Future[dict[str, Tensor]]] = {}
+
+    def take(self, tensor: str, part: str) -> Tensor:
+        with self._lock:
+            future = self._made.get(tensor)
+            if is_first := future is None:
+                future = self._made[tensor] = Future()
+        if is_first:
+            try:
+                future.set_result(self._make(tensor))
+            except BaseException as error:
+                future.set_exception(error)
+        parts = future.result()
+        with self._lock:
+            taken = parts.pop(part)
+            if not parts:
+                del self._made[tensor]
+        return taken
 
 
 def _directions(update: Tensor, stored: Tensor, rank: int) -> Spectrum:
@@ -153,11 +184,12 @@ def require_finite(name: str, tensor: Tensor, where: str) -> None:
 def measure_expert(base: Checkpoint, expert: Checkpoint, settings: StatisticsSettings, out: Path) -> None:
     """Write the statistics of every matrix update of one expert as ``statistics.json``."""
     expected = check_compatible(base, {expert.name: expert})
-    found = {
-        name: asdict(measure(update_of(base, expert, name), settings))
-        for name, info in sorted(expected.items())
-        if is_matrix(info, None, "spectral")
-    }
+    with one_torch_thread():
+        found = {
+            name: asdict(measure(update_of(base, expert, name), settings))
+            for name, info in sorted(expected.items())
+            if is_matrix(info, None, "spectral")
+        }
     (out / STATISTICS_FILE).write_text(json.dumps(found, indent=1, sort_keys=True))
 
 

@@ -53,7 +53,12 @@ def test_a_score_has_a_standard_error_a_count_and_every_sample(shared, suite):
         assert record["value"] == pytest.approx(statistics.fmean(values))
         assert record["stderr"] == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
         assert all((sample["response"].strip() == sample["target"]) == sample["value"] for sample in samples)
-        assert (record["bos"], record["chat_template"], record["num_fewshot"], record["partial"]) == ("yes", False, 0, False)
+        assert (record["bos"], record["chat_template"], record["num_fewshot"], record["partial"]) == (
+            "yes",
+            False,
+            0,
+            False,
+        )
 
 
 def test_scores_do_not_move_with_the_batch_size(shared, suite, tmp_path):
