@@ -164,7 +164,10 @@ def plan(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what a merge or a benchmark would compute, and why; computes nothing."""
+    """Say what a merge or a benchmark would compute, and why; computes nothing.
+
+    Local folders are hashed and hub repositories fetched, since what would be computed follows from content.
+    """
     _log_to(as_json)
     from flows.parameters import load_bench
     from flows.pipeline import Kitchen, pin

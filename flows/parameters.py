@@ -102,13 +102,24 @@ class Bench(BaseModel):
                         "which every method tries alike; leave it out"
                     )
                 tried = [replace(plain, scale=value) for value in sorted(set(self.scales))]
-            name = method.name if method.name not in found else f"{method.name} {len(found) + 1}"
-            found[name] = [Recipe(base=self.base, experts=tuple(self.experts), method=one) for one in tried]
+            if (label := _label(plain)) in found:
+                raise ValueError(f"method {label} stands twice")
+            found[label] = [Recipe(base=self.base, experts=tuple(self.experts), method=one) for one in tried]
         return found
 
     def settings(self, split: str) -> EvaluateSettings:
         """What is asked of the models on one split."""
         return EvaluateSettings(split=split, limit=self.limit)  # type: ignore[arg-type]
+
+
+def _label(method: Any) -> str:
+    """How a report calls a method: its name and the settings that are not the default, the scale aside."""
+    changed = [
+        f"{field.name}: {getattr(method, field.name)}"
+        for field in fields(method)
+        if field.name not in ("name", "scale") and getattr(method, field.name) != field.default
+    ]
+    return f"{method.name} ({', '.join(changed)})" if changed else str(method.name)
 
 
 def load_bench(path: Path) -> Bench:

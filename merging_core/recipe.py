@@ -43,10 +43,12 @@ class Expert:
     def __post_init__(self) -> None:
         if not self.name.strip() or not self.source.strip():
             raise RecipeError(f"expert {self.name!r}: name and source must not be empty.")
+        if not self.name.isprintable() or "|" in self.name:
+            raise RecipeError(f"expert {self.name!r}: a name is one line without '|'; tables could not show it.")
         is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
         if not is_number or not abs(self.weight) <= MAX_WEIGHT:
             raise RecipeError(
-                f"expert {self.name!r}: weight must be a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, "
+                f"expert {self.name!r}: weight must be a finite number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, "
                 f"got {self.weight!r}."
             )
 

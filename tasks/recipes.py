@@ -134,10 +134,11 @@ def experts_as_list(experts: Any) -> Any:
             {"name": name, **(entry if isinstance(entry, Mapping) else {"source": entry})}
             for name, entry in experts.items()
         ]
-    if isinstance(experts, list):
-        for entry in experts:
-            if isinstance(entry, Mapping):
-                check_names(f"expert {entry.get('name', '?')!r}", entry, [field.name for field in fields(Expert)])
+    if not isinstance(experts, list):
+        raise RecipeError(f"experts: expected a mapping of name to source, got {experts!r}.")
+    for entry in experts:
+        if isinstance(entry, Mapping):
+            check_names(f"expert {entry.get('name', '?')!r}", entry, [field.name for field in fields(Expert)])
     return experts
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def report_step(title: str, suite: Suite, entries: Sequence[Entry], interference
         (out / "recipes").mkdir()
         for entry in entries:
             if entry.recipe:
-                (out / "recipes" / f"{entry.name}.yaml").write_text(entry.recipe)
+                file = re.sub(r"\W+", "-", entry.name).strip("-") + ".yaml"
+                (out / "recipes" / file).write_text(entry.recipe, encoding="utf-8")
 
     identity = {
         "version": REPORT_VERSION,

@@ -243,6 +243,10 @@ class Store:
         partial.mkdir(parents=True)
         try:
             details = dict(make(partial) or {})
+            if changed := [str(parent) for parent in parents if not self._is_usable(parent)]:
+                raise CheckpointError(
+                    f"{ref}: {', '.join(changed)} changed while it was being used. Leave its files alone and run again."
+                )
             manifest = Manifest(
                 kind=ref.kind,
                 digest=ref.digest,

@@ -24,11 +24,13 @@ COMPANIONS: Final = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
+    "spiece.model",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Every file of a checkpoint besides its weights that changes what the model answers."""
+"""Files of a checkpoint besides its weights that change what the model answers; custom code is not among them."""
 
 _BLOCK: Final = 1 << 22
 _THREADS: Final = 4

@@ -10,7 +10,27 @@ from hypothesis import strategies as st
 
 from merging_core.digest import canonical_json, digest_of, file_sha256
 from merging_core.errors import CheckpointError, IncompatibleError, MergeError, NumericalError, RecipeError
-from merging_core.methods import METHODS, Linear, RTsvm, TaskArithmetic, Tsvm
+from merging_core.methods import (
+    METHODS,
+    Breadcrumbs,
+    BreadcrumbsTies,
+    Consensus,
+    Dare,
+    DareTies,
+    Della,
+    DellaTies,
+    IsoC,
+    IsoCts,
+    Karcher,
+    Linear,
+    RTsvm,
+    Sce,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+    Tsvm,
+    Wudi,
+)
 from merging_core.recipe import MERGE_VERSION, Expert, Recipe
 from merging_core.statistics import StatisticsSettings
 from merging_core.task_vectors import DecomposeSettings, stored_rank
@@ -30,6 +50,39 @@ BOUNDS = {
     (StatisticsSettings, "cut"): ([0, 10], [-0.1]),
     (StatisticsSettings, "near_zero"): ([0, 2], [-0.1]),
     (DecomposeSettings, "rank_fraction"): ([1e-9, 1], [0, 1.5]),
+    (Breadcrumbs, "scale"): ([0, 3], [-1]),
+    (Breadcrumbs, "density"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (Breadcrumbs, "gamma"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (BreadcrumbsTies, "scale"): ([0, 3], [-1]),
+    (BreadcrumbsTies, "density"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (BreadcrumbsTies, "gamma"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (Consensus, "scale"): ([0, 3], [-1]),
+    (Dare, "scale"): ([0, 3], [-1]),
+    (Dare, "density"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (DareTies, "scale"): ([0, 3], [-1]),
+    (DareTies, "density"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (Della, "scale"): ([0, 3], [-1]),
+    (Della, "density"): ([0.15, 0.85], [-0.1, 1.1]),
+    (Della, "epsilon"): ([0, 0.5], [-0.1, 0.6]),
+    (DellaTies, "scale"): ([0, 3], [-1]),
+    (DellaTies, "density"): ([0.15, 0.85], [-0.1, 1.1]),
+    (DellaTies, "epsilon"): ([0, 0.5], [-0.1, 0.6]),
+    (Sce, "scale"): ([0, 3], [-1]),
+    (Ties, "scale"): ([0, 3], [-1]),
+    (Ties, "density"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (Sce, "select_fraction"): ([0, 0.5, 1], [-0.1, 1.0000001, 20]),
+    (Consensus, "threshold"): ([0, 2], [-0.1]),
+    (Consensus, "agreement"): ([1, 3], [0, -1]),
+    (IsoC, "scale"): ([0, 3], [-1]),
+    (IsoCts, "scale"): ([0, 3], [-1]),
+    (IsoCts, "common_fraction"): ([0, 0.8, 1], [-0.1, 1.1]),
+    (Karcher, "max_iterations"): ([0, 10], [-1]),
+    (Karcher, "tolerance"): ([1e-12, 1], [0, -1]),
+    (Slerp, "t"): ([0, 0.5, 1], [-0.1, 1.1]),
+    (Slerp, "straight_above"): ([0, 1], [-0.1, 1.1]),
+    (Wudi, "scale"): ([0, 3], [-1]),
+    (Wudi, "iterations"): ([0, 300], [-1]),
+    (Wudi, "learning_rate"): ([1e-9, 1], [0, -1]),
 }
 CHOICES = {
     (RTsvm, "weighting"): ("outlier", "uniform"),
@@ -38,6 +91,13 @@ CHOICES = {
     (Tsvm, "embeddings"): ("spectral", "mean"),
     (StatisticsSettings, "scope"): ("matrix", "row", "column"),
     (DecomposeSettings, "embeddings"): ("spectral", "mean"),
+    (Dare, "rescale"): ("inverse_density", "l1", "none"),
+    (DareTies, "rescale"): ("inverse_density", "l1", "none"),
+    (Della, "rescale"): ("inverse_density", "l1", "none"),
+    (DellaTies, "rescale"): ("inverse_density", "l1", "none"),
+    (Ties, "rescale"): ("l1", "none"),
+    (Breadcrumbs, "rescale"): ("l1", "none"),
+    (BreadcrumbsTies, "rescale"): ("l1", "none"),
 }
 ONE = Expert(name="helpful", source="there")
 

@@ -138,6 +138,10 @@ def test_a_broken_suite_is_named(tmp_path, old, new, message):
     shutil.copytree(shipped.tasks_folder, tmp_path / shipped.tasks)
     text = Path(shipped.folder / "3h-mini.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace(old, new))
-    with pytest.raises(RecipeError, match=message):
+
+    def digests():
         suite = load_suite(str(tmp_path / "mine.yaml"))
-        [suite.benchmark_digest(one, "test") for one in suite.benchmarks]
+        return [suite.benchmark_digest(one, "test") for one in suite.benchmarks]
+
+    with pytest.raises(RecipeError, match=message):
+        digests()
