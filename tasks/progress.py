@@ -6,10 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, Literal
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
+from typing import Final, Literal
 
 log = logging.getLogger("tripoise.progress")
 
@@ -67,9 +64,11 @@ def _terminal_bar(title: str, unit: str) -> Iterator[Progress]:
             _bars.append(_Bars())
         bars = _bars[0]
         bars.num_users += 1
-    task = bars.add(title, unit)
+    task = bars.display.add_task(title, total=None, amount="")
     try:
-        yield lambda done, total: bars.display.update(task, completed=done, total=total)
+        yield lambda done, total: bars.display.update(
+            task, completed=done, total=total, amount=f"{_amount(done, unit)} of {_amount(total, unit)}"
+        )
     finally:
         with _lock:
             bars.display.remove_task(task)
@@ -84,7 +83,7 @@ class _Bars:
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Display
 
         self.num_users = 0
@@ -92,12 +91,8 @@ class _Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[amount]}"),
-            MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
         )
         self.display.start()
-
-    def add(self, title: str, unit: str) -> "TaskID":
-        return self.display.add_task(title, total=None, amount=unit)
