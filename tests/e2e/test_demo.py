@@ -86,7 +86,7 @@ def test_the_demo_does_the_whole_job_and_does_nothing_twice(server, tmp_path):
         "tsvm",
         "r_tsvm",
     ):
-        assert re.search(rf"^│ *\d+ │ {name} ", first, re.MULTILINE), name
+        assert re.search(rf"^│ *\d+ *│ {name} ", first, re.MULTILINE), name
     answers = re.findall(r"^ *(\w+): .*  ->  (.*)   \(expected: (.*)\)$", first, re.MULTILINE)
     assert [skill for skill, _, _ in answers] == ["arith", "benign", "ans", "unans", "harm", "border"]
     assert all(answer for _, answer, _ in answers)
