@@ -2,17 +2,16 @@
 
 import json
 import logging
-import math
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
-import click
 import typer
 
+from flows.terminal import bench_text, log_to, scores_text
 from merging_core.errors import MergeError
 from tasks.store import KINDS, Store
 
@@ -27,6 +26,10 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at the store of finished artifacts.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+
+_INTERRUPTED: Final = 130
+# What a wrong command line raises; typer carries its own copy of click or uses the installed one, by release.
+_UsageError: Final[type[Exception]] = typer.BadParameter.__bases__[0]
 
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="Root of the store; default: TRIPOISE_STORE, else ~/.cache/tripoise.")
@@ -47,7 +50,7 @@ def merge(
 ) -> None:
     """Merge experts by a recipe into a folder that transformers loads. Needs no server."""
     started = time.perf_counter()
-    _log_to(as_json)
+    log_to(as_json)
     from flows.pipeline import Kitchen, pin
     from tasks.deliver import check_replaceable, deliver_artifact
     from tasks.plan import Planner
@@ -86,7 +89,7 @@ def evaluate(
 ) -> None:
     """Score one model on a suite by lm-eval. Needs no server."""
     started = time.perf_counter()
-    _log_to(as_json)
+    log_to(as_json)
     from flows.pipeline import pin, score
     from tasks.deliver import check_replaceable
     from tasks.evaluate import EvaluateSettings, Execution
@@ -109,7 +112,7 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 2),
         "out": str(out.absolute()),
     }
-    _answer(summary, as_json, _scores_text(summary))
+    _answer(summary, as_json, scores_text(summary))
 
 
 @app.command()
@@ -125,7 +128,7 @@ def bench(
     Uses the Prefect server of PREFECT_API_URL; without one, a temporary server is started and stopped.
     """
     started = time.perf_counter()
-    _log_to(as_json)
+    log_to(as_json)
     from flows.parameters import load_bench
     from tasks.deliver import check_replaceable, deliver_artifact
 
@@ -133,7 +136,7 @@ def bench(
     opened = _store(store)
     check_replaceable(out, "report", replace, protected=[opened.root, file])
     os.environ["TRIPOISE_STORE"] = str(opened.root)
-    _prepare_prefect(as_json)
+    _prepare_prefect()
     from flows.benchmark import benchmark
 
     imported = time.perf_counter()
@@ -155,7 +158,7 @@ def bench(
         "seconds_server_start": round(result["started"] - imported, 2),
         "seconds_steps": round(result["ended"] - result["started"], 2),
     }
-    _answer(summary, as_json, _bench_text(summary, read_report(out).notes))
+    _answer(summary, as_json, bench_text(summary, read_report(out).notes))
 
 
 @app.command()
@@ -168,7 +171,7 @@ def plan(
 
     Local folders are hashed and hub repositories fetched, since what would be computed follows from content.
     """
-    _log_to(as_json)
+    log_to(as_json)
     from flows.parameters import load_bench
     from flows.pipeline import Kitchen, pin
     from tasks.plan import Planner
@@ -201,7 +204,7 @@ def convert(
     out: OutOption,
 ) -> None:
     """Convert pickled weights (.bin) to safetensors, read safely in a separate process."""
-    _log_to(False)
+    log_to(False)
     from tasks.convert import convert as convert_weights
 
     convert_weights(source, out)
@@ -276,10 +279,13 @@ def main() -> None:
         code = app(standalone_mode=False)
     except MergeError as error:
         _fail(" ".join(str(error).split()))
-    except click.ClickException as error:
-        _fail(f"{' '.join(error.format_message().split())} See tripoise --help.", 2)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; run the same command again to go on.", 130)
+    except _UsageError as error:
+        if not str(error):
+            sys.exit(2)  # there were no arguments, and the help has been printed
+        message: str = error.format_message()  # type: ignore[attr-defined]
+        _fail(f"{' '.join(message.split())} See tripoise --help.", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}. Check the path, its permissions and the space on its disk.")
@@ -288,6 +294,8 @@ def main() -> None:
             raise
         text = " ".join(str(error).split())
         _fail(f"unexpected {type(error).__name__}: {text} Set TRIPOISE_TRACEBACK=1 to see where, and report it.", 70)
+    if code == _INTERRUPTED:  # typer turns most interrupts into this code by itself
+        _fail("interrupted; run the same command again to go on.", _INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -300,79 +308,13 @@ def _store(root: Path | None) -> Store:
     return Store(root) if root else Store.default()
 
 
-def _log_to(as_json: bool) -> None:
-    """Plain lines about the steps on standard output; with --json, nothing but errors."""
-    logger = logging.getLogger("tripoise")
-    logger.setLevel(logging.ERROR if as_json else logging.INFO)
-    logger.propagate = False
-    if not as_json and not logger.handlers:
-        logger.addHandler(_EchoHandler())
-
-
-def _prepare_prefect(as_json: bool) -> None:
+def _prepare_prefect() -> None:
     """Settings that Prefect reads when it is imported; what the user set stays."""
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
     # What fails is told once, by main(); Prefect's own record of it is in its UI.
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
-
-
-def _scores_text(summary: dict[str, Any]) -> str:
-    lines = [f"{summary['model']} on {summary['suite']} ({summary['split']})"]
-    lines += [
-        f"  {one['task']:<24} {one['value']:.3f} ± {stderr:.3f}  n = {one['n']}"
-        for one in summary["benchmarks"]
-        for stderr in [math.nan if one["stderr"] is None else one["stderr"]]
-    ]
-    lines += [f"  {name:<24} {value:.3f}" for name, value in summary["dimensions"].items()]
-    if summary["partial"]:
-        lines.append("  PARTIAL: a limit was set")
-    return "\n".join([*lines, f"written to {summary['out']}"])
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """The leaderboard for a terminal: value ± standard error, and the difference against the best expert."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("", "model", "scale", "helpful", "honest", "harmless", "mean", "minimum", "n", "minus best expert")
-    for row in rows:
-        scale = json.loads(row["settings"] or "{}").get("scale")
-        low, high = row["vs_best_expert_mean_low"], row["vs_best_expert_mean_high"]
-        table.add_row(
-            str(row["place"]),
-            row["model"] + (" (partial)" if row["partial"] else ""),
-            "" if scale is None else f"{scale:g}",
-            *(f"{row[key]:.3f} ± {row[f'{key}_stderr']:.3f}" for key in ("helpful", "honest", "harmless", "mean")),
-            f"{row['minimum']:.3f}",
-            str(row["mean_n"]),
-            "" if low is None else f"{row['vs_best_expert_mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
-        )
-    console = Console(width=140)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
-def _bench_text(summary: dict[str, Any], notes: list[str]) -> str:
-    return "\n".join(
-        [
-            _table(summary["leaderboard"]),
-            *notes,
-            f"report: {summary['report']}",
-            f"{summary['steps_made']} steps computed, {summary['steps_reused']} reused",
-            f"{summary['seconds']:.1f} s: imports {summary['seconds_imports']:.1f}, "
-            f"Prefect server and flow run {summary['seconds_server_start']:.1f}, steps {summary['seconds_steps']:.1f}",
-        ]
-    )
-
-
-class _EchoHandler(logging.Handler):
-    """Prints plain lines on what is standard output at that time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage())
 
 
 def _answer(summary: dict[str, Any], as_json: bool, text: str) -> None:

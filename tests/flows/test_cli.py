@@ -245,3 +245,66 @@ def test_convert_makes_a_pickled_expert_usable(tripoise, recipe_file, family, tm
     assert tripoise("convert", family["honest"], "--out", tmp_path / "converted")[0] == 0
     experts = {"honest": str(tmp_path / "converted"), "helpful": str(family["helpful"])}
     assert tripoise("merge", recipe_file(experts=experts), "--out", tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["merge"], "recipe"),
+        (["mrege"], "mrege"),
+        (["merge", "r.yaml", "--out", "o", "--sotre", "s"], "--sotre"),
+        (["evaluate", "m", "--out", "o", "--limit", "0"], "--limit"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line_and_exit_code_2(tripoise, arguments, words):
+    code, _, err = tripoise(*arguments)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("arguments", [[], ["store"]])
+def test_without_arguments_the_help_is_shown(tripoise, arguments):
+    code, out, err = tripoise(*arguments)
+    assert (code, err) == (2, "")
+    assert "Commands" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("experts: {a: x, a: y}\nbase: b", "'a' stands twice"),
+        ("base: b\nexperts: {a: x}\nmethod: {name: tsvm, scale: true}", "scale must be a number"),
+        ("base: b\nexperts: {a: x}\nseed: 2024-13-45", "not YAML"),
+        ("base: b\nexperts: {a: x}\nmethod: {name: [tsvm]}", "does not exist"),
+        ("base: b\nexperts: [x]", "experts"),
+        ("[" * 3000, "not YAML"),
+    ],
+)
+def test_a_recipe_that_says_something_odd_gets_one_clear_line(tripoise, tmp_path, text, words):
+    (tmp_path / "odd.yaml").write_text(text)
+    code, _, err = tripoise("merge", tmp_path / "odd.yaml", "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_an_interrupted_merge_says_so_in_one_line(recipe_file, tmp_path):
+    """SIGTERM, as a scheduler sends it, at the moment when the process has begun to write."""
+    import os
+    import signal
+
+    environment = os.environ | {"TRIPOISE_STORE": str(tmp_path / "store")}
+    os.mkfifo(tmp_path / "pipe")
+    recipe = recipe_file()
+    # A named pipe in place of a model's config holds the process in the middle of its work.
+    (tmp_path / "models" / "honest" / "config.json").unlink()
+    (tmp_path / "pipe").rename(tmp_path / "models" / "honest" / "config.json")
+    command = [sys.executable, "-m", "flows.cli", "merge", recipe, "--out", tmp_path / "out"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        with (tmp_path / "models" / "honest" / "config.json").open("w"):
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "tripoise: interrupted; run the same command again to go on.\n"
+    assert not (tmp_path / "out").exists()

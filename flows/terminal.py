@@ -1,0 +1,76 @@
+"""What the command line prints for people."""
+
+import json
+import logging
+import math
+from typing import Any
+
+import typer
+
+
+def log_to(as_json: bool) -> None:
+    """Plain lines about the steps on standard output; with --json, nothing but errors."""
+    logger = logging.getLogger("tripoise")
+    logger.setLevel(logging.ERROR if as_json else logging.INFO)
+    logger.propagate = False
+    if not as_json and not logger.handlers:
+        logger.addHandler(_EchoHandler())
+
+
+def scores_text(summary: dict[str, Any]) -> str:
+    """One model's scores, benchmark by benchmark and H by H."""
+    lines = [f"{summary['model']} on {summary['suite']} ({summary['split']})"]
+    lines += [
+        f"  {one['task']:<24} {one['value']:.3f} ± {stderr:.3f}  n = {one['n']}"
+        for one in summary["benchmarks"]
+        for stderr in [math.nan if one["stderr"] is None else one["stderr"]]
+    ]
+    lines += [f"  {name:<24} {value:.3f}" for name, value in summary["dimensions"].items()]
+    if summary["partial"]:
+        lines.append("  PARTIAL: a limit was set")
+    return "\n".join([*lines, f"written to {summary['out']}"])
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The leaderboard for a terminal: value ± standard error, and the difference against the best expert."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "model", "scale", "helpful", "honest", "harmless", "mean", "minimum", "n", "minus best expert")
+    for row in rows:
+        scale = json.loads(row["settings"] or "{}").get("scale")
+        low, high = row["vs_best_expert_mean_low"], row["vs_best_expert_mean_high"]
+        table.add_row(
+            str(row["place"]),
+            row["model"] + (" (partial)" if row["partial"] else ""),
+            "" if scale is None else f"{scale:g}",
+            *(f"{row[key]:.3f} ± {row[f'{key}_stderr']:.3f}" for key in ("helpful", "honest", "harmless", "mean")),
+            f"{row['minimum']:.3f}",
+            str(row["mean_n"]),
+            "" if low is None else f"{row['vs_best_expert_mean']:+.3f} [{low:+.3f}, {high:+.3f}]",
+        )
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def bench_text(summary: dict[str, Any], notes: list[str]) -> str:
+    """The leaderboard, what it says, where the report lies and where the time went."""
+    return "\n".join(
+        [
+            _table(summary["leaderboard"]),
+            *notes,
+            f"report: {summary['report']}",
+            f"{summary['steps_made']} steps computed, {summary['steps_reused']} reused",
+            f"{summary['seconds']:.1f} s: imports {summary['seconds_imports']:.1f}, "
+            f"Prefect server and flow run {summary['seconds_server_start']:.1f}, steps {summary['seconds_steps']:.1f}",
+        ]
+    )
+
+
+class _EchoHandler(logging.Handler):
+    """Prints plain lines on what is standard output at that time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage())
