@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge
 
 from merging_core.errors import RecipeError
-from merging_core.methods import Linear, Method, RTsvm, SpectralMethod
+from merging_core.methods import Method, RTsvm
 from merging_core.methods.base import WeightChecker
 from merging_core.settings import STRICT, check_bounds, check_choices
 
@@ -84,8 +84,6 @@ class Recipe:
         names = [expert.name for expert in self.experts]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise RecipeError(f"recipe: expert names must differ, {twice[0]!r} stands {names.count(twice[0])} times.")
-        if isinstance(self.method, Linear):
-            self.method.divisor(self.weights)
         if isinstance(self.method, WeightChecker):
             self.method.check_weights(self.weights)
 
@@ -93,11 +91,6 @@ class Recipe:
     def weights(self) -> tuple[float, ...]:
         """Factor on each expert, in recipe order."""
         return tuple(expert.weight for expert in self.experts)
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether the method needs the experts' singular vectors."""
-        return isinstance(self.method, SpectralMethod)
 
     def identity(self, base: str, experts: Mapping[str, str]) -> dict[str, Any]:
         """What determines the merged bytes, with sources replaced by digests.

@@ -48,6 +48,10 @@ class Linear:
             merged.add_(expert, alpha=weight / total)
         return merged
 
+    def check_weights(self, weights: Sequence[float]) -> None:
+        """Refuse weights that cancel; see :meth:`divisor`."""
+        self.divisor(weights)
+
     def divisor(self, weights: Sequence[float]) -> float:
         """What the weighted sum is divided by: the sum of the weights, or 1.
 

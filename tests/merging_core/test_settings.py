@@ -233,11 +233,6 @@ def test_the_default_method_is_r_tsvm_with_equal_weights():
     assert recipe.weights == (1.0,)
 
 
-@pytest.mark.parametrize(("cls", "wanted"), [(Linear, False), (TaskArithmetic, False), (Tsvm, True), (RTsvm, True)])
-def test_a_recipe_knows_whether_it_needs_task_vectors(cls, wanted):
-    assert Recipe(base="b", experts=(ONE,), method=cls()).decomposes is wanted
-
-
 @pytest.mark.parametrize(
     ("max_rank", "fraction", "wanted"),
     [

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from merging_core.checkpoint import MAX_SHARD_BYTES, Checkpoint
 from merging_core.merge import Inputs, merge
+from merging_core.methods import SpectralMethod
 from merging_core.recipe import Expert, Recipe
 from merging_core.task_vectors import DecomposeSettings, decompose, measure_expert
 
@@ -173,7 +174,7 @@ class Merge:
             for name, tensors in experts.items()
         }
         vectors, statistics = {}, {}
-        if self.recipe.decomposes:
+        if isinstance(method, SpectralMethod):
             kept = DecomposeSettings(rank_fraction=rank_fraction, embeddings=method.embeddings)
             for name, expert in folders.items():
                 with Checkpoint(base_folder, "the base") as opened, Checkpoint(expert, f"expert {name!r}") as tuned_one:
