@@ -51,7 +51,7 @@ def merge(
     """Merge experts by a recipe into a folder that transformers loads. Needs no server."""
     started = time.perf_counter()
     log_to(as_json)
-    from flows.pipeline import Kitchen, pin
+    from flows.pipeline import Kitchen, pin_recipe
     from tasks.deliver import check_replaceable, deliver_artifact
     from tasks.plan import Planner
     from tasks.recipes import load_recipe
@@ -62,8 +62,7 @@ def merge(
     sources = [Path(source) for source in (wanted.base, *(one.source for one in wanted.experts)) if "://" not in source]
     protected = [run.store.root, recipe, *sources]
     check_replaceable(out, "merged", replace, protected=protected)
-    base = pin({"base": wanted.base}, run)["base"]
-    experts = pin({expert.name: expert.source for expert in wanted.experts}, run)
+    base, experts = pin_recipe(wanted, run)
     expected = Kitchen(Planner(run.store), base, experts).merge(wanted)
     check_replaceable(out, "merged", replace, expected.digest, protected)
     merged = Kitchen(run, base, experts).merge(wanted)
@@ -173,7 +172,7 @@ def plan(
     """
     log_to(as_json)
     from flows.parameters import load_bench
-    from flows.pipeline import Kitchen, pin
+    from flows.pipeline import Kitchen, pin_recipe
     from tasks.plan import Planner
     from tasks.recipes import load_recipe, read_yaml
 
@@ -184,8 +183,7 @@ def plan(
         compare_methods(load_bench(file), planner)
     else:
         recipe = load_recipe(file)
-        base = pin({"base": recipe.base}, planner)["base"]
-        Kitchen(planner, base, pin({one.name: one.source for one in recipe.experts}, planner)).merge(recipe)
+        Kitchen(planner, *pin_recipe(recipe, planner)).merge(recipe)
     steps = [
         {"step": one.title, "artifact": str(one.ref), "reused": one.reused, "why": one.why} for one in planner.planned
     ]

@@ -4,7 +4,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.parameters import MergeAndEvaluate
-from flows.pipeline import Kitchen, pin, score
+from flows.pipeline import Kitchen, pin_recipe, score
 from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, report_step
@@ -31,8 +31,7 @@ def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, str]:
 def merge_and_score(request: MergeAndEvaluate, run: Runner) -> tuple[Ref, Ref]:
     """The merged model and the report on it."""
     recipe, suite, settings = request.recipe.recipe(), load_suite(request.suite), request.settings()
-    base = pin({"base": recipe.base}, run)["base"]
-    experts = pin({expert.name: expert.source for expert in recipe.experts}, run)
+    base, experts = pin_recipe(recipe, run)
     merged = Kitchen(run, base, experts).merge(recipe)
 
     def scores(model: Ref, name: str) -> list[Ref]:

@@ -20,6 +20,12 @@ def pin(sources: Mapping[str, str], run: Runner) -> dict[str, Ref]:
     return {name: found[source] for name, source in sources.items()}
 
 
+def pin_recipe(recipe: Recipe, run: Runner) -> tuple[Ref, dict[str, Ref]]:
+    """The base of a recipe, then its experts by name: an expert may be trained from the base."""
+    base = pin({"base": recipe.base}, run)["base"]
+    return base, pin({expert.name: expert.source for expert in recipe.experts}, run)
+
+
 @dataclass(slots=True)
 class Kitchen:
     """One base with its experts within a run: every ingredient is asked for once, however many recipes need it."""

@@ -1,18 +1,14 @@
 """Linear merge: a weighted mean of the experts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from merging_core.errors import RecipeError
+from merging_core.election import sum_of_weights
 from merging_core.methods.base import Site
 from merging_core.settings import STRICT, check_choices
-
-# Decimal weights that cancel on paper leave about 1e-16 of their size.
-_CANCELLED: Final = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +54,4 @@ class Linear:
         Raises:
             RecipeError: if they cancel, up to rounding.
         """
-        if not self.normalize:
-            return 1.0
-        total = math.fsum(weights)
-        if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in weights):
-            raise RecipeError("linear: the weights must not sum to 0. Change a weight or set normalize: false.")
-        return total
+        return sum_of_weights(weights, "linear") if self.normalize else 1.0
