@@ -1,23 +1,22 @@
 """The flow ``benchmark``: several methods, one suite; scales chosen on validation, everything reported on test."""
 
 from dataclasses import dataclass, replace
-from time import perf_counter
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.parameters import Bench
-from flows.pipeline import Kitchen, pin, score
+from flows.pipeline import Exam, Kitchen, pin
+from flows.reported import reported
 from merging_core.recipe import Recipe
 from tasks.calibrate import require_texts
 from tasks.merge import merge_title
-from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
+from tasks.orchestration import TASK_RUNNER
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, best_on_validation, report_step
 from tasks.steps import Runner
-from tasks.store import Ref, Store
-from tasks.suite import Suite, load_suite
+from tasks.store import Ref
 from tasks.vectors import interference_step
 
 
@@ -30,17 +29,7 @@ def _run_name() -> str:
 @flow(name="benchmark", flow_run_name=_run_name, task_runner=TASK_RUNNER)
 def benchmark(bench: Bench) -> dict[str, Any]:
     """You get a leaderboard of all methods beside base, experts and data mixtures, and a report."""
-    started = perf_counter()
-    run = AsPrefectTasks(Store.default())
-    report = compare_methods(bench, run)
-    publish(report, run.store)
-    return {
-        "report": f"{report.kind}/{report.digest}",
-        "made": run.num_made,
-        "reused": run.num_reused,
-        "started": started,
-        "ended": perf_counter(),
-    }
+    return reported(lambda run: compare_methods(bench, run))
 
 
 def compare_methods(bench: Bench, run: Runner) -> Ref:
@@ -51,19 +40,24 @@ def compare_methods(bench: Bench, run: Runner) -> Ref:
         tried = [table.try_all(name) for table in tables]
         # One scale for a method: the best mean over all seeds.
         validation = [[ref for one in same for ref in one.validation] for same in zip(*tried, strict=True)]
-        best = best_on_validation(validation, tables[0].suite, run.store)
+        best = best_on_validation(validation, tables[0].exam.suite, run.store)
         entries += [table.entry(name, own[best]) for table, own in zip(tables, tried, strict=True)]
+    second = [
+        opinion
+        for table in tables
+        for opinion in table.exam.second_opinions(e for e in entries if e.seed == table.seed)
+    ]
     first = tables[0].kitchen
     compare = interference_step(first.base, first.experts, run.store)
     [interference] = run.build("compare", "compare experts", [compare])
-    step = report_step(bench.title, tables[0].suite, entries, interference, run.store)
+    step = report_step(bench.title, tables[0].exam.suite, entries, interference, run.store, second)
     [report] = run.build("report", "report", [step])
     return report
 
 
 def _tables(bench: Bench, run: Runner) -> "list[_Table]":
     """One table for each seed; all sources of all seeds are resolved at the same time."""
-    suite, seeds = load_suite(bench.suite), bench.by_seed()
+    exam, seeds = Exam.of(bench, run), bench.by_seed()
     for own in seeds.values():
         for recipes in own.candidates().values():
             require_texts(recipes[0])
@@ -75,15 +69,16 @@ def _tables(bench: Bench, run: Runner) -> "list[_Table]":
     tables = []
     for seed, own in seeds.items():
         tuned = {one.name: pinned[one.source] for one in own.experts}
+        # A generated world is that of the seed; the suite's own where no seeds are given.
+        suite = replace(exam.suite, world_seed=seed) if bench.seeds and exam.suite.world else exam.suite
+        called = f", seed {seed}" if bench.seeds else ""
         tables.append(
             _Table(
                 bench=own,
                 seed=seed,
-                # A generated world is that of the seed; the suite's own where no seeds are given.
-                suite=replace(suite, world_seed=seed) if bench.seeds and suite.world else suite,
+                exam=replace(exam, suite=suite, called=called),
                 kitchen=Kitchen(run, bases[own.base], tuned, own.execution.device, own.tokenizer),
                 mixtures={one.name: pinned[one.source] for one in own.mixtures},
-                called=f", seed {seed}" if bench.seeds else "",
             )
         )
     return tables
@@ -104,22 +99,21 @@ class _Table:
 
     bench: Bench
     seed: int
-    suite: Suite
+    exam: Exam
     kitchen: Kitchen
     mixtures: dict[str, Ref]
-    called: str
-    """What titles add to a name to tell the seeds apart."""
 
     def references(self) -> list[Entry]:
         """Base, experts and mixtures."""
         base = self.kitchen.sources.base
-        found = [Entry("base", "base", base, self._scores(base, "base"), seed=self.seed)]
+        found = [Entry("base", "base", base, self.exam.scores(base, "base"), seed=self.seed)]
         for one in self.bench.experts:
             ref = self.kitchen.complete(one, self.bench.base)
-            test, validation = self._scores(ref, one.name), self._scores(ref, one.name, "validation")
+            test, validation = self.exam.scores(ref, one.name), self.exam.scores(ref, one.name, "validation")
             found.append(Entry(one.name, "expert", ref, test, validation, seed=self.seed))
         return found + [
-            Entry(name, "mixture", ref, self._scores(ref, name), seed=self.seed) for name, ref in self.mixtures.items()
+            Entry(name, "mixture", ref, self.exam.scores(ref, name), seed=self.seed)
+            for name, ref in self.mixtures.items()
         ]
 
     def try_all(self, name: str) -> list[_Trial]:
@@ -127,15 +121,11 @@ class _Table:
         recipes = self.bench.candidates()[name]
         merged = [self.kitchen.merge(recipe) for recipe in recipes]
         return [
-            _Trial(recipe, model, self._scores(model, merge_title(recipe), "validation"))
+            _Trial(recipe, model, self.exam.scores(model, merge_title(recipe), "validation"))
             for recipe, model in zip(recipes, merged, strict=True)
         ]
 
     def entry(self, name: str, trial: _Trial) -> Entry:
         """A method at its chosen scale, on test."""
-        test, recipe = self._scores(trial.model, name), recipe_yaml(trial.recipe)
+        test, recipe = self.exam.scores(trial.model, name), recipe_yaml(trial.recipe)
         return Entry(name, "merged", trial.model, test, trial.validation, recipe, seed=self.seed)
-
-    def _scores(self, model: Ref, name: str, split: str = "test") -> list[Ref]:
-        settings, execution = self.bench.settings(split), self.bench.execution
-        return score(model, name + self.called, self.suite, settings, execution, self.kitchen.run)

@@ -4,13 +4,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.parameters import MergeAndEvaluate
-from flows.pipeline import Kitchen, pin_recipe, score
+from flows.pipeline import Exam, Kitchen, pin_recipe
 from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, report_step
 from tasks.steps import Runner
 from tasks.store import Ref, Store
-from tasks.suite import load_suite
 from tasks.vectors import interference_step
 
 
@@ -30,23 +29,20 @@ def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, str]:
 
 def merge_and_score(request: MergeAndEvaluate, run: Runner) -> tuple[Ref, Ref]:
     """The merged model and the report on it."""
-    recipe, suite, settings = request.recipe.recipe(), load_suite(request.suite), request.settings()
+    recipe, exam = request.recipe.recipe(), Exam.of(request, run)
     base, experts = pin_recipe(recipe, run)
     kitchen = Kitchen(run, base, experts, request.execution.device, recipe.tokenizer)
     merged = kitchen.merge(recipe)
-
-    def scores(model: Ref, name: str) -> list[Ref]:
-        return score(model, name, suite, settings, request.execution, run)
-
     models = {expert.name: kitchen.complete(expert, recipe.base) for expert in recipe.experts}
-    name = recipe.method.name
+    title = recipe.method.name
     entries = [
-        Entry("base", "base", base, scores(base, "base")),
-        *(Entry(name, "expert", ref, scores(ref, name)) for name, ref in models.items()),
-        Entry(name, "merged", merged, scores(merged, name), recipe=recipe_yaml(recipe)),
+        Entry("base", "base", base, exam.scores(base, "base")),
+        *(Entry(name, "expert", ref, exam.scores(ref, name)) for name, ref in models.items()),
+        Entry(title, "merged", merged, exam.scores(merged, title), recipe=recipe_yaml(recipe)),
     ]
     compare = interference_step(kitchen.base, kitchen.experts, run.store)
     [interference] = run.build("compare", "compare experts", [compare])
-    step = report_step(f"{name} on {suite.title}", suite, entries, interference, run.store)
+    second, heading = exam.second_opinions(entries), f"{title} on {exam.suite.title}"
+    step = report_step(heading, exam.suite, entries, interference, run.store, second)
     [report] = run.build("report", "report", [step])
     return merged, report

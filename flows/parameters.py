@@ -6,9 +6,9 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from flows.evaluation import Evaluation
 from merging_core.recipe import Recipe
 from merging_core.vocabulary import TokenizerPolicy
-from tasks.evaluate import EvaluateSettings, Execution
 from tasks.names import check_names
 from tasks.recipes import (
     AnyExpert,
@@ -23,13 +23,12 @@ from tasks.recipes import (
 
 SEED: Final = "{seed}"
 Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_STRICT = ConfigDict(extra="forbid")
 
 
 class Mixture(BaseModel):
     """A model trained on mixed data, to be compared with merges."""
 
-    model_config = _STRICT
+    model_config = ConfigDict(extra="forbid")
     name: str = Field(title="Name", description="How reports call it.", min_length=1)
     source: Source = Field(
         title="Source",
@@ -37,33 +36,16 @@ class Mixture(BaseModel):
     )
 
 
-class MergeAndEvaluate(BaseModel):
+class MergeAndEvaluate(Evaluation):
     """Merge by one recipe and compare the result with its base and experts."""
 
-    model_config = _STRICT
     recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
-    suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
-    limit: int | None = Field(
-        default=None,
-        title="Limit",
-        description="Only the first samples of each benchmark; marks all scores partial.",
-        ge=1,
-    )
-    execution: Execution = Field(
-        default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
-    )
-
-    def settings(self) -> EvaluateSettings:
-        """What is asked of the models."""
-        return EvaluateSettings(split="test", limit=self.limit)
 
 
-class Bench(BaseModel):
+class Bench(Evaluation):
     """Compare several methods on one suite: scales are chosen on validation, everything is reported on test."""
 
-    model_config = _STRICT
     title: str = Field(default="3H benchmark", title="Title", description="Heads the report.", min_length=1)
-    suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
     base: Source = Field(title="Base checkpoint", description="What all experts started from.")
     experts: list[AnyExpert] = Field(title="Experts", description="The fine-tuned checkpoints.", min_length=1)
     mixtures: list[Mixture] = Field(
@@ -87,15 +69,6 @@ class Bench(BaseModel):
         title="Seeds",
         description="Everything is done once for each: {seed} in a source stands for it, and a generated world is that "
         "of the seed. Scales are chosen over all seeds together. Left out: once.",
-    )
-    limit: int | None = Field(
-        default=None,
-        title="Limit",
-        description="Only the first samples of each benchmark; marks all scores partial.",
-        ge=1,
-    )
-    execution: Execution = Field(
-        default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
     )
 
     @model_validator(mode="after")
@@ -153,10 +126,6 @@ class Bench(BaseModel):
                 for one in tried
             ]
         return found
-
-    def settings(self, split: str) -> EvaluateSettings:
-        """What is asked of the models on one split."""
-        return EvaluateSettings(split=split, limit=self.limit)  # type: ignore[arg-type]
 
 
 def _label(method: Any) -> str:

@@ -1,8 +1,10 @@
 """What both flows have in common: pin the models, prepare ingredients once, merge, evaluate."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Self
 
+from flows.evaluation import Evaluation, first_judges
 from merging_core.adapter import is_adapter
 from merging_core.methods import TaskArithmetic
 from merging_core.methods.base import CalibratedMethod, SpectralMethod
@@ -11,11 +13,12 @@ from merging_core.vocabulary import TokenizerPolicy
 from tasks.align import Family, align
 from tasks.calibrate import calibrate_step, require_texts
 from tasks.evaluate import EvaluateSettings, Execution, evaluate_steps
-from tasks.judges.steps import Judges, default_judges, judge_step, require_judges
+from tasks.judges.steps import Judges, judge_step, require_judges
 from tasks.merge import merge_step
+from tasks.reporting import Entry, SecondOpinion
 from tasks.steps import Runner, Step
 from tasks.store import Ref
-from tasks.suite import Suite
+from tasks.suite import Split, Suite
 from tasks.vectors import decompose_settings, decompose_step, measure_step, require_compatible, require_rules
 
 
@@ -131,7 +134,7 @@ def score(
     settings: EvaluateSettings,
     execution: Execution,
     run: Runner,
-    judges: Judges | None = None,
+    judges: Judges,
 ) -> list[Ref]:
     """Evaluate one model on every benchmark of a suite, then let judges decide what only a reader can.
 
@@ -142,17 +145,16 @@ def score(
         settings: what is asked.
         execution: device, batch size and backend.
         run: runs the steps.
-        judges: question to its judge, beside :func:`tasks.judges.steps.default_judges`.
+        judges: question to its judge; see :func:`tasks.judges.steps.require_judges`.
 
     Raises:
         RecipeError: if a question of the suite has no judge, before anything is computed.
     """
-    decided = {**default_judges(), **(judges or {})}
-    require_judges(suite, decided)
+    require_judges(suite, judges)
     steps = evaluate_steps(model, name, suite, settings, run.store, execution)
     scores = run.build("evaluate", f"evaluate {name} ({settings.split})", steps)
     judged = {
-        place: judge_step(ref, one, name, decided[one.question], run.store)
+        place: judge_step(ref, one, name, judges[one.question], run.store)
         for place, (ref, one) in enumerate(zip(scores, suite.benchmarks, strict=True))
         if one.question
     }
@@ -161,3 +163,41 @@ def score(
         for place, ref in zip(judged, verdicts, strict=True):
             scores[place] = ref
     return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """How every model of a run is evaluated, within one seed."""
+
+    request: Evaluation
+    suite: Suite
+    run: Runner
+    called: str = ""
+    """What titles add to a model's name."""
+
+    @classmethod
+    def of(cls, request: Evaluation, run: Runner) -> Self:
+        """The exam of a request, refused before anything is computed if a question of its suite has no judge."""
+        suite = request.loaded_suite()
+        require_judges(suite, first_judges(request.judges))
+        return cls(request, suite, run)
+
+    def scores(self, model: Ref, name: str, split: Split = "test", limit: int | None = None) -> list[Ref]:
+        """Scores of one model on every benchmark of the suite; see :func:`score`."""
+        return self._scores(model, name, split, limit, first_judges(self.request.judges))
+
+    def second_opinions(self, entries: Iterable[Entry]) -> list[SecondOpinion]:
+        """What the second judges say of the responses on test; of several responses to one prompt none is asked."""
+        second = self.request.second_judges.chosen()
+        asked = [
+            place for place, one in enumerate(self.suite.benchmarks) if one.question in second and one.samples == 1
+        ]
+        found = []
+        for entry in entries if asked else ():
+            again = self._scores(entry.model, entry.name, "test", None, first_judges(self.request.judges) | second)
+            found += [SecondOpinion(entry.name + self.called, entry.scores[place], again[place]) for place in asked]
+        return found
+
+    def _scores(self, model: Ref, name: str, split: Split, limit: int | None, judges: Judges) -> list[Ref]:
+        settings, execution = self.request.settings(split, limit), self.request.execution
+        return score(model, name + self.called, self.suite, settings, execution, self.run, judges)

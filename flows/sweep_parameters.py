@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from flows.evaluation import Evaluation
 from merging_core.errors import RecipeError
-from tasks.comparison import Split
-from tasks.evaluate import EvaluateSettings, Execution
 from tasks.names import check_names
 from tasks.recipes import RecipeModel, parse_recipe, read_yaml, validated
 from tasks.sweep.proposals import SamplerName, sampler
@@ -16,12 +15,10 @@ from tasks.sweep.settings import Pruning, Searched
 from tasks.sweep.space import Space
 
 
-class Sweep(BaseModel):
+class Sweep(Evaluation):
     """Try many recipes on validation, and report the best of them on test."""
 
-    model_config = ConfigDict(extra="forbid")
     title: str = Field(default="Sweep", title="Title", description="Heads the report.", min_length=1)
-    suite: str = Field(default="3h-mini", title="Suite", description="A shipped suite by name, or the path of one.")
     recipe: RecipeModel = Field(title="Recipe", description="What every trial starts from.")
     search: list[Searched] = Field(
         title="Search space", description="Settings of the recipe that are varied, and how.", min_length=1
@@ -46,15 +43,6 @@ class Sweep(BaseModel):
         description="How many trials of the Pareto set are evaluated on test, at most.",
         ge=1,
     )
-    limit: int | None = Field(
-        default=None,
-        title="Limit",
-        description="Only the first samples of each benchmark; marks all scores partial.",
-        ge=1,
-    )
-    execution: Execution = Field(
-        default_factory=Execution, title="Execution", description="Device and batch size; scores do not depend on them."
-    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,10 +57,6 @@ class Sweep(BaseModel):
     def space(self) -> Space:
         """The recipe and what is varied in it."""
         return Space(self.recipe.recipe(), self.search)
-
-    def settings(self, split: Split, limit: int | None = None) -> EvaluateSettings:
-        """What is asked of the models on one split; with ``limit``, of their first samples."""
-        return EvaluateSettings(split=split, limit=limit or self.limit)
 
     def searched(self) -> dict[str, Any]:
         """How is searched, JSON-able: what the report records."""

@@ -17,6 +17,7 @@ from merging_core.errors import NumericalError
 from tasks import comparison
 from tasks.comparison import Comparison, ModelSamples, Role
 from tasks.deliver import deliver
+from tasks.judges.agreement import agreement
 from tasks.merge import read_diagnostics
 from tasks.report import (
     Interference,
@@ -32,7 +33,7 @@ from tasks.store import MANIFEST, Ref, Store, package_versions, record_files
 from tasks.suite import Dimension, Suite
 from tasks.vectors import read_interference
 
-REPORT_VERSION: Final = 3
+REPORT_VERSION: Final = 4
 LEADERBOARD_FILE: Final = "leaderboard.json"
 
 
@@ -51,6 +52,23 @@ class Entry:
     """Text of the recipe, for merges."""
     seed: int = 0
     """Of world and training. Entries of one name are one line of the report."""
+
+
+@dataclass(frozen=True, slots=True)
+class SecondOpinion:
+    """Scores of one model on one benchmark by two judges."""
+
+    model: str
+    """How the report calls the model."""
+    first: Ref
+    """The scores that count."""
+    second: Ref
+    """Those of the second judge, of the same responses."""
+
+    def record(self, store: Store) -> dict[str, Any]:
+        """How far the two agree, JSON-able; see :func:`tasks.judges.agreement.agreement`."""
+        judges = ", ".join(read_record(ref, store)["judge"]["name"] for ref in (self.first, self.second))
+        return {"model": self.model, "judges": judges, **agreement(self.first, self.second, store).record()}
 
 
 def dimension_scores(scores: Sequence[Ref], suite: Suite, store: Store) -> dict[str, float]:
@@ -97,7 +115,7 @@ def report_step(
     entries: Sequence[Entry],
     interference: Ref,
     store: Store,
-    agreement: Sequence[Mapping[str, Any]] = (),
+    second: Sequence[SecondOpinion] = (),
 ) -> Step:
     """Compare all entries and write the report: page, parquet and JSON.
 
@@ -107,13 +125,12 @@ def report_step(
         entries: the models, of one name in each seed.
         interference: of the experts, over several seeds those of the first.
         store: where all of it lies.
-        agreement: records of :class:`tasks.judges.agreement.Agreement`.
+        second: what other judges say of the same responses; only their agreement is told.
     """
 
     def make(out: Path) -> None:
-        inputs = replace(
-            _inputs(title, suite, entries, interference, store), agreement=tuple(dict(one) for one in agreement)
-        )
+        told = tuple(one.record(store) for one in second)
+        inputs = replace(_inputs(title, suite, entries, interference, store), agreement=told)
         write_report(inputs, out)
         table = {
             "title": title,
@@ -137,7 +154,7 @@ def report_step(
         "suite": suite.title,
         "benchmarks": [[one.task, one.dimension, one.weight, one.higher_is_better] for one in suite.benchmarks],
         "interference": interference.digest,
-        "agreement": [dict(one) for one in agreement],
+        "second": [[one.model, one.first.digest, one.second.digest] for one in second],
         "entries": [
             {
                 "name": entry.name,
@@ -152,6 +169,7 @@ def report_step(
         ],
     }
     parents = {ref for entry in entries for ref in (entry.model, *entry.scores, *entry.validation)}
+    parents |= {one.second for one in second}
     return Step("report", f"report {title}", identity, (*sorted(parents), interference), make)
 
 

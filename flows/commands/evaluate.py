@@ -25,6 +25,9 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Local files in place of hub data; layout: docs/suites.md.")
     ] = None,
+    judges: Annotated[
+        Path | None, typer.Option("--judges", help="YAML file: a judge for each question; see docs/judges.md.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "test",
     limit: LimitOption = None,
     device: Annotated[str, typer.Option("--device", help="Torch device, such as cpu or cuda:0.")] = "cpu",
@@ -36,6 +39,7 @@ def evaluate(
     """Score one model on a suite by lm-eval. Needs no server."""
     started = time.perf_counter()
     log_to(as_json)
+    from flows.evaluation import first_judges, load_judges
     from flows.pipeline import pin, score
     from tasks.deliver import check_replaceable
     from tasks.evaluate import EvaluateSettings, Execution
@@ -43,7 +47,7 @@ def evaluate(
     from tasks.steps import Direct
     from tasks.suite import load_suite
 
-    chosen = load_suite(suite, data_dir)
+    chosen, deciding = load_suite(suite, data_dir), first_judges(load_judges(judges) if judges else None)
     settings = EvaluateSettings(split=split, limit=limit)  # type: ignore[arg-type]
     execution = Execution(device=device, batch_size=batch_size)
     run = Direct(open_store(store))
@@ -51,7 +55,7 @@ def evaluate(
     check_replaceable(out, "scores", replace, protected=protected)
     ref = pin({"model": model}, run)["model"]
     done = len(run.built)
-    scores = score(ref, model, chosen, settings, execution, run)
+    scores = score(ref, model, chosen, settings, execution, run, deciding)
     summary = deliver_scores(ref, model, chosen, scores, out, run.store, replace)
     summary |= {
         "reused": all(one.reused for one in run.built[done:]),

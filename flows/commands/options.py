@@ -15,7 +15,9 @@ StoreOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder for the result; appears in one piece or not at all.")]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace a folder that holds something else.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first samples; scores are partial.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", min=1, help="Only so many samples of each benchmark; partial.")
+]
 
 
 def open_store(root: Path | None) -> Store:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tasks.recipes import recipe_yaml
 from tasks.report.pareto import ParetoPoint, write_pareto
-from tasks.reporting import Entry, dimension_scores, report_step
+from tasks.reporting import Entry, SecondOpinion, dimension_scores, report_step
 from tasks.scores import read_record
 from tasks.steps import Step
 from tasks.store import Ref, Store
@@ -55,6 +55,7 @@ def sweep_report_step(
     found: Outcome,
     search: Mapping[str, Any],
     store: Store,
+    second: Sequence[SecondOpinion] = (),
 ) -> Step:
     """The report on test, with ``pareto.html``, ``trials.json`` and ``trials.parquet`` beside the page.
 
@@ -66,8 +67,9 @@ def sweep_report_step(
         found: the trials and the choice.
         search: how was searched: settings of the sweep, JSON-able.
         store: where all of it lies.
+        second: see :func:`tasks.reporting.report_step`.
     """
-    report = report_step(title, suite, entries, interference, store)
+    report = report_step(title, suite, entries, interference, store, second)
     search = dict(search) | {"optuna": version("optuna")}
 
     def make(out: Path) -> None:
