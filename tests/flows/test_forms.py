@@ -4,19 +4,32 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 
 from flows.benchmark import benchmark
+from flows.evaluation import Evaluation
 from flows.merge_and_evaluate import merge_and_evaluate
 from flows.parameters import Bench
+from flows.sweep import sweep
 from merging_core.methods import METHODS
 
+FORMS = [(benchmark, "Bench"), (merge_and_evaluate, "MergeAndEvaluate"), (sweep, "Sweep")]
 
-@pytest.mark.parametrize(("flow", "model"), [(benchmark, "Bench"), (merge_and_evaluate, "MergeAndEvaluate")])
+
+@pytest.mark.parametrize(("flow", "model"), FORMS)
 def test_every_field_of_the_form_has_a_title_and_a_text(flow, model):
     schema = parameter_schema(flow).model_dump_for_openapi()
     for name, definition in schema["definitions"].items():
         for field, shape in definition.get("properties", {}).items():
             assert shape.get("title") or "$ref" in shape, f"{name}.{field}"
-            assert shape.get("description"), f"{name}.{field}"
+            # A nested form of a dataclass shows the text of the form itself.
+            nested = schema["definitions"].get(shape.get("$ref", "").rpartition("/")[2], {})
+            assert shape.get("description") or nested.get("description"), f"{name}.{field}"
     assert model in schema["definitions"]
+
+
+@pytest.mark.parametrize(("flow", "model"), FORMS)
+def test_a_form_begins_with_what_it_is_about_and_ends_with_the_evaluation(flow, model):
+    fields = list(parameter_schema(flow).model_dump_for_openapi()["definitions"][model]["properties"])
+    assert fields[-6:] == list(Evaluation.model_fields)
+    assert fields[0] in ("recipe", "title")
 
 
 def test_the_choice_of_a_method_brings_its_own_settings():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.parameters import Bench, load_bench
+from flows.parameters import load_bench
 from merging_core.errors import CheckpointError, RecipeError
 from tasks.benchmark_data import read_rows
 from tasks.judges.rule import judge_text
@@ -153,12 +153,11 @@ def test_without_the_package_the_line_says_what_installs_it():
         packaged_gguf()
 
 
-@pytest.mark.skipif("data_dir" not in Bench.model_fields, reason="Bench has no data_dir yet")
 def test_the_benchmark_file_names_what_is_prepared():
     bench = load_bench(REPOSITORY / "recipes" / "smollm2-3h.yaml")
     folder = Path("demo-out/real")
     assert bench.base == str(folder / "base")
     assert {one.name: one.source for one in bench.experts} == {role: str(folder / role) for role in ROLES}
     assert [one.name for one in bench.methods] == ["task_arithmetic", "ties", "tsvm", "r_tsvm"]
-    assert Path(bench.data_dir) == folder / "data" / EVALUATION
+    assert bench.data_dir == folder / "data" / EVALUATION
     assert (REPOSITORY / bench.suite).resolve() == SUITE
