@@ -11,13 +11,17 @@ import typer
 from flows.commands import store
 from flows.commands.bench import bench
 from flows.commands.convert import convert
+from flows.commands.deploy import deploy
 from flows.commands.evaluate import evaluate
 from flows.commands.extract_lora import extract_lora
 from flows.commands.merge import merge
 from flows.commands.plan import plan
 from flows.commands.publish import publish
+from flows.commands.reevaluate import reevaluate
+from flows.commands.serve import serve
 from flows.commands.sweep import sweep
 from flows.commands.train import train
+from flows.commands.trigger import trigger
 from merging_core.errors import MergeError
 
 # Heavy libraries are imported inside the commands that need them: `tripoise --help` stays instant.
@@ -29,7 +33,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (merge, evaluate, bench, sweep, train, plan, publish, convert, extract_lora):
+for command in (
+    merge,
+    evaluate,
+    bench,
+    sweep,
+    train,
+    reevaluate,
+    plan,
+    publish,
+    convert,
+    extract_lora,
+    serve,
+    deploy,
+    trigger,
+):
     app.command(command.__name__.replace("_", "-"))(command)
 app.add_typer(store.app, name="store")
 

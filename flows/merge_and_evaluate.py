@@ -1,11 +1,16 @@
 """The flow ``merge-and-evaluate``: one recipe, merged, scored and compared with what it was made from."""
 
+from typing import Any
+
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.approval import published
 from flows.parameters import MergeAndEvaluate
 from flows.pipeline import Exam, Kitchen, pin_recipe
-from tasks.orchestration import TASK_RUNNER, AsPrefectTasks, publish
+from flows.pools import runner
+from flows.shown import completed, show_model, show_plan
+from tasks.orchestration import TASK_RUNNER, publish
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, report_step
 from tasks.steps import Runner
@@ -19,18 +24,31 @@ def _run_name() -> str:
 
 
 @flow(name="merge-and-evaluate", flow_run_name=_run_name, task_runner=TASK_RUNNER)
-def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, str]:
+def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, Any]:
     """You get a merged model, its scores beside those of base and experts, and a report."""
-    run = AsPrefectTasks(Store.default())
-    model, report = merge_and_score(request, run)
+    run = runner(Store.default())
+    Exam.of(request, run)  # what it refuses is refused before anything is fetched
+    pinned = pin_recipe(request.recipe.recipe(), run)
+    show_plan(lambda planner: merge_and_score(request, planner, pinned), run.store)
+    model, report = merge_and_score(request, run, pinned)
     publish(report, run.store)
-    return {"merged": f"{model.kind}/{model.digest}", "report": f"{report.kind}/{report.digest}"}
+    show_model(model, run.store)
+    where = published(model, request.publish_to, request.approval, run.store)
+    return completed(merged=f"{model.kind}/{model.digest}", report=f"{report.kind}/{report.digest}", **where)
 
 
-def merge_and_score(request: MergeAndEvaluate, run: Runner) -> tuple[Ref, Ref]:
-    """The merged model and the report on it."""
+def merge_and_score(
+    request: MergeAndEvaluate, run: Runner, pinned: tuple[Ref, dict[str, Ref]] | None = None
+) -> tuple[Ref, Ref]:
+    """The merged model and the report on it.
+
+    Args:
+        request: what is merged and evaluated.
+        run: runs the steps.
+        pinned: base and experts, where they were resolved before.
+    """
     recipe, exam = request.recipe.recipe(), Exam.of(request, run)
-    base, experts = pin_recipe(recipe, run)
+    base, experts = pinned or pin_recipe(recipe, run)
     kitchen = Kitchen(run, base, experts, request.execution.device, recipe.tokenizer)
     merged = kitchen.merge(recipe)
     models = {expert.name: kitchen.complete(expert, recipe.base) for expert in recipe.experts}

@@ -40,6 +40,17 @@ class MergeAndEvaluate(Evaluation):
     """Merge by one recipe and compare the result with its base and experts."""
 
     recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
+    publish_to: str = Field(
+        default="",
+        title="Publish to",
+        description="A folder, s3://bucket/prefix or hf://org/name for the merged model. Left empty: it stays in the "
+        "store.",
+    )
+    approval: bool = Field(
+        default=True,
+        title="Ask before publishing",
+        description="The run pauses after the evaluation until somebody promotes or rejects the model.",
+    )
 
 
 class Bench(Evaluation):

@@ -4,19 +4,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from flows.elsewhere import decompose_request, evaluate_request, merge_request
 from flows.evaluation import Evaluation, first_judges
 from merging_core.adapter import is_adapter
+from merging_core.errors import RecipeError
 from merging_core.methods import TaskArithmetic
 from merging_core.methods.base import CalibratedMethod, SpectralMethod
 from merging_core.recipe import Expert, Recipe
 from merging_core.vocabulary import TokenizerPolicy
 from tasks.align import Family, align
+from tasks.backends import Endpoint
 from tasks.calibrate import calibrate_step, require_texts
 from tasks.evaluate import EvaluateSettings, Execution, evaluate_steps
 from tasks.judges.steps import Judges, judge_step, require_judges
 from tasks.merge import merge_step
 from tasks.reporting import Entry, SecondOpinion
-from tasks.steps import Runner, Step
+from tasks.steps import Request, Runner, Step
 from tasks.store import Ref
 from tasks.suite import Split, Suite
 from tasks.vectors import decompose_settings, decompose_step, measure_step, require_compatible, require_rules
@@ -82,8 +85,25 @@ class Kitchen:
                 # What was removed from the store after its merge is not computed again for nothing.
                 if name in steps and not (is_merged and self._is_missing(steps[name])):
                     self._once(what, steps[name])
-        [merged] = self.run.build("merge", merge.title, [merge])
+        request = merge_request(recipe, self.sources, self.device, self.run.store)
+        [merged] = self.run.build("merge", merge.title, [replace(merge, elsewhere=request)])
         return merged
+
+    def prepare(self, recipe: Recipe) -> list[Ref]:
+        """Make what merges by a recipe need of its experts.
+
+        Raises:
+            RecipeError: if the recipe's method needs nothing.
+        """
+        require_rules(recipe, self.base, self.run.store)
+        found = []
+        for what, steps in zip(("decompose", "measure", "calibrate"), self._ingredients(recipe), strict=True):
+            for step in steps.values():
+                self._once(what, step)
+                found.append(step.ref)
+        if not found:
+            raise RecipeError(f"method {recipe.method.name}: needs no task vectors. Merge by it right away.")
+        return found
 
     def _ingredients(self, recipe: Recipe) -> tuple[dict[str, Step], dict[str, Step], dict[str, Step]]:
         """What is decomposed, measured and calibrated, by expert; empty where the method does not need it."""
@@ -99,6 +119,9 @@ class Kitchen:
             if isinstance(method, CalibratedMethod):
                 model = self.complete(expert, recipe.base, Family(self.base, self.experts))
                 calibrate[name] = calibrate_step(expert, model, method.calibration, store, self.device)
+        request = decompose_request(recipe, self.sources, self.device, store)
+        for steps in (decompose, measure, calibrate):
+            steps |= {name: replace(step, elsewhere=request) for name, step in steps.items()}
         return decompose, measure, calibrate
 
     def complete(self, expert: Expert, base: str, family: Family | None = None) -> Ref:
@@ -135,26 +158,31 @@ def score(
     execution: Execution,
     run: Runner,
     judges: Judges,
+    endpoint: Endpoint | None = None,
+    elsewhere: Request | None = None,
 ) -> list[Ref]:
     """Evaluate one model on every benchmark of a suite, then let judges decide what only a reader can.
 
     Args:
-        model: a checkpoint or a merged model.
+        model: a checkpoint or a merged model; for an endpoint its tokenizer.
         name: how titles call it.
         suite: what is run.
         settings: what is asked.
         execution: device, batch size and backend.
         run: runs the steps.
         judges: question to its judge; see :func:`tasks.judges.steps.require_judges`.
+        endpoint: where the model is served; default: it is run here.
+        elsewhere: how a GPU worker is asked for the same scores.
 
     Raises:
         RecipeError: if a question of the suite has no judge, before anything is computed.
     """
     require_judges(suite, judges)
-    steps = evaluate_steps(model, name, suite, settings, run.store, execution)
+    steps = evaluate_steps(model, name, suite, settings, run.store, execution, endpoint)
+    steps = [replace(step, elsewhere=elsewhere) for step in steps]
     scores = run.build("evaluate", f"evaluate {name} ({settings.split})", steps)
     judged = {
-        place: judge_step(ref, one, name, judges[one.question], run.store)
+        place: replace(judge_step(ref, one, name, judges[one.question], run.store), elsewhere=elsewhere)
         for place, (ref, one) in enumerate(zip(scores, suite.benchmarks, strict=True))
         if one.question
     }
@@ -176,9 +204,11 @@ class Exam:
     """What titles add to a model's name."""
 
     @classmethod
-    def of(cls, request: Evaluation, run: Runner) -> Self:
+    def of(cls, request: Evaluation, run: Runner, world_seed: int | None = None) -> Self:
         """The exam of a request, refused before anything is computed if a question of its suite has no judge."""
         suite = request.loaded_suite()
+        if suite.world and world_seed is not None:
+            suite = replace(suite, world_seed=world_seed)
         require_judges(suite, first_judges(request.judges))
         return cls(request, suite, run)
 
@@ -200,4 +230,5 @@ class Exam:
 
     def _scores(self, model: Ref, name: str, split: Split, limit: int | None, judges: Judges) -> list[Ref]:
         settings, execution = self.request.settings(split, limit), self.request.execution
-        return score(model, name + self.called, self.suite, settings, execution, self.run, judges)
+        elsewhere = evaluate_request(self.request, self.suite, model, split, limit, judges)
+        return score(model, name + self.called, self.suite, settings, execution, self.run, judges, elsewhere=elsewhere)

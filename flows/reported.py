@@ -4,7 +4,8 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
-from tasks.orchestration import AsPrefectTasks, publish
+from flows.pools import runner
+from tasks.orchestration import publish
 from tasks.steps import Runner
 from tasks.store import Ref, Store
 
@@ -17,7 +18,7 @@ def reported(compose: Callable[[Runner], Ref]) -> dict[str, Any]:
         ``ended`` by the clock of :func:`time.perf_counter` of this process.
     """
     started = perf_counter()
-    run = AsPrefectTasks(Store.default())
+    run = runner(Store.default())
     report = compose(run)
     publish(report, run.store)
     return {

@@ -1,9 +1,13 @@
 """The flow ``train``: a data recipe, mixed, and a model trained on the mixture."""
 
+from typing import Any
+
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
+from flows.pools import gpu_slot
+from flows.shown import completed
 from tasks.data.recipe import DataRecipe
 from tasks.orchestration import TASK_RUNNER, AsPrefectTasks
 from tasks.steps import Runner
@@ -24,10 +28,11 @@ def _run_name() -> str:
 
 
 @flow(name="train", flow_run_name=_run_name, task_runner=TASK_RUNNER)
-def train(request: Train) -> dict[str, str]:
+def train(request: Train) -> dict[str, Any]:
     """You get the mixed data and the model that was trained on them."""
-    data, model = mix_and_train(request.recipe, AsPrefectTasks(Store.default()))
-    return {"data": f"{data.kind}/{data.digest}", "model": f"{model.kind}/{model.digest}"}
+    with gpu_slot():
+        data, model = mix_and_train(request.recipe, AsPrefectTasks(Store.default()))
+    return completed(data=f"{data.kind}/{data.digest}", model=f"{model.kind}/{model.digest}")
 
 
 def mix_and_train(recipe: DataRecipe, run: Runner) -> tuple[Ref, Ref]:

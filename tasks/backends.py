@@ -1,26 +1,24 @@
 """What runs a model beside transformers: vLLM where it is installed, or an OpenAI-compatible completion endpoint."""
 
 import json
-import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
-from urllib.parse import urlsplit
+from typing import Annotated, Any, ClassVar, Final
 
 from annotated_types import Ge, Gt
 
 from merging_core.checkpoint import CONFIG
 from merging_core.errors import CheckpointError, RecipeError
-from merging_core.settings import STRICT, check_bounds
-
-if TYPE_CHECKING:
-    from tasks.evaluate import Execution
+from merging_core.settings import STRICT
+from tasks.http_api import check_api
+from tasks.names import check_names
+from tasks.recipes import read_yaml, validated
 
 SEED: Final = 1234
 """Of every backend; only sampled responses depend on it."""
+SUBJECT: Final = "endpoint"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,33 +39,28 @@ class Endpoint:
     """Name of the environment variable that holds the key; left out: no key is sent. Never the key itself."""
     concurrency: Annotated[int, Ge(1)] = 8
     """Requests at the same time, >= 1."""
+    requests_per_minute: Annotated[float, Gt(0)] | None = None
+    """Limit of requests in a minute, > 0; left out: none."""
     timeout_s: Annotated[float, Gt(0)] = 300.0
     """Seconds without an answer after which a request is repeated, > 0."""
     retries: Annotated[int, Ge(0)] = 5
     """Repetitions of a request that met a busy or broken server, >= 0."""
     backoff_s: Annotated[float, Gt(0)] = 1.0
-    """Wait before the first repetition in seconds, > 0; doubles each time, up to a minute."""
+    """Wait before the first repetition in seconds, > 0; doubles each time, unless the server says Retry-After."""
 
     def __post_init__(self) -> None:
-        check_bounds(self, "endpoint")
+        check_api(self, SUBJECT)
         if self.max_length is not None and self.max_length < 2:
-            raise RecipeError(f"endpoint: max_length must be a whole number >= 2 or left out, got {self.max_length!r}.")
-        try:
-            parts = urlsplit(self.url)
-            fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            fine = False
-        # The address itself is not shown: it may hold a secret.
-        if not fine or parts.username is not None or parts.password is not None or parts.query or parts.fragment:
             raise RecipeError(
-                "endpoint: url must be http(s)://host[:port]/path without user, password and query. "
-                "Put the key into an environment variable and its name into key_variable."
+                f"{SUBJECT}: max_length must be a whole number >= 2 or left out, got {self.max_length!r}."
             )
-        for name in ("model", "revision"):
-            if not getattr(self, name).strip():
-                raise RecipeError(f"endpoint {self.url}: {name} must not be empty. It tells one model from another.")
-        if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.key_variable):
-            raise RecipeError("endpoint: key_variable must be the name of an environment variable, not a key.")
+        if not self.revision.strip():
+            raise RecipeError(f"{SUBJECT} {self.url}: revision must not be empty. It tells one model from another.")
+
+    @property
+    def title(self) -> str:
+        """How people call the model."""
+        return f"{self.model} at {self.url.rstrip('/')} ({self.revision})"
 
     def identity(self) -> Mapping[str, Any]:
         """What stands for the content of the model in the identity of its scores, beside the tokenizer's folder."""
@@ -78,56 +71,41 @@ class Endpoint:
             "max_length": self.max_length,
         }
 
-    def key(self) -> str | None:
-        """The key, from the environment.
 
-        Raises:
-            RecipeError: if the variable is not set.
-        """
-        if self.key_variable is None:
-            return None
-        if not (key := os.environ.get(self.key_variable, "").strip()):
-            raise RecipeError(f"endpoint {self.url}: environment variable {self.key_variable} is not set. Set it.")
-        return key
+def load_endpoint(path: Path) -> Endpoint:
+    """Read and check an endpoint file: the fields of :class:`Endpoint` in YAML.
+
+    Raises:
+        RecipeError: naming the entry, what was expected and, for a misspelt name, the nearest right one.
+    """
+    data, subject = read_yaml(path), f"endpoint {path.name}"
+    check_names(subject, data, [field.name for field in fields(Endpoint)])
+    endpoint: Endpoint = validated(Endpoint, data, subject)
+    return endpoint
 
 
-def load_backend(folder: Path, execution: "Execution", endpoint: Endpoint | None = None) -> Any:
+def endpoint_model(folder: Path, endpoint: Endpoint) -> Any:
     """Give what lm-eval asks in place of a model that transformers loads.
 
     Args:
-        folder: the model; for an endpoint its tokenizer and config.json are enough.
-        execution: its ``backend`` is vllm or openai.
-        endpoint: where the model is served; needed for openai, refused for vllm.
+        folder: the served model's tokenizer and, unless the endpoint has ``max_length``, config.json.
+        endpoint: where the model is served.
 
     Returns:
         An lm-eval model.
 
     Raises:
-        RecipeError: if the backend is not installed or not named rightly, with the remedy.
-        CheckpointError: if the folder lacks what the backend needs.
+        RecipeError: if a package or the key is missing.
+        CheckpointError: if nothing says how much the model reads.
     """
-    if (execution.backend == "openai") != (endpoint is not None):
-        raise RecipeError(
-            f"evaluate: backend {execution.backend} with{'out' if endpoint is None else ''} an endpoint. An endpoint "
-            "(url, model and revision) belongs to backend openai, and only to it."
-        )
-    if endpoint is not None:
-        return _endpoint_model(folder, endpoint)
-    if execution.backend == "vllm":
-        return _vllm_model(folder, execution.device)
-    raise RecipeError(f"evaluate: backend must be vllm or openai here, got {execution.backend!r}.")
-
-
-def _endpoint_model(folder: Path, endpoint: Endpoint) -> Any:
     if lacking := [name for name in ("aiohttp", "requests", "tenacity") if find_spec(name) is None]:
         raise RecipeError(
-            f"evaluate: backend openai needs the packages {', '.join(lacking)}. Install lm-eval with its extra: "
+            f"evaluate: an endpoint needs the packages {', '.join(lacking)}. Install lm-eval with its extra: "
             "pip install 'lm_eval[api]'."
         )
     from tasks.harness.completions import Completions
 
-    max_length = endpoint.max_length or _configured_length(folder)
-    return Completions(endpoint, folder, endpoint.key(), max_length)
+    return Completions(endpoint, folder, endpoint.max_length or _configured_length(folder))
 
 
 def _configured_length(folder: Path) -> int:
@@ -143,7 +121,12 @@ def _configured_length(folder: Path) -> int:
     return length
 
 
-def _vllm_model(folder: Path, device: str) -> Any:
+def vllm_model(folder: Path, device: str) -> Any:
+    """Load a model folder with vLLM, as an lm-eval model.
+
+    Raises:
+        RecipeError: if vLLM is not installed, or the device is not the first visible GPU.
+    """
     # No torch here: a process that has touched a GPU cannot start vLLM's.
     if device.split(",")[0].strip() not in ("cpu", "cuda", "cuda:0"):
         raise RecipeError(
@@ -155,6 +138,6 @@ def _vllm_model(folder: Path, device: str) -> Any:
             "evaluate: backend vllm needs the package vllm, which needs a GPU. Install it (pip install vllm), or take "
             "backend transformers."
         )
-    from tasks.harness.vllm import vllm_model
+    from tasks.harness.vllm import load
 
-    return vllm_model(folder, SEED)
+    return load(folder, SEED)

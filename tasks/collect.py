@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from merging_core.errors import CheckpointError
+from tasks.judges.kept import REPLIES
 from tasks.sources.object_storage import DOWNLOADS
 from tasks.store import KINDS, MANIFEST, Ref, Store, remove
 from tasks.usage import collecting
@@ -22,7 +23,7 @@ class Garbage:
 
     artifacts: tuple[Ref, ...]
     leftovers: tuple[Path, ...]
-    """Folders that interrupted runs left half done."""
+    """Folders that interrupted runs left half done, downloads that nothing uses, and old replies of judges."""
     num_bytes: int
     kept: int
     """Artifacts that stay."""
@@ -54,7 +55,8 @@ def collect(store: Store, keep_days: float, *, delete: bool) -> Garbage:
     """Find what no pinned artifact, no artifact made in the last days and no running process leads to.
 
     An artifact that stays keeps all of its parents. Files that are used in place are never touched: of a checkpoint
-    that was only referenced, the reference goes. Downloads of the store's own go with the last that uses them.
+    that was only referenced, the reference goes. Downloads of the store's own go with the last that uses them. The
+    replies that an endpoint judge kept go when none was added in the last days and no running process has them open.
 
     Args:
         store: is locked for as long as this takes: runs wait before they start to use another artifact.
@@ -67,7 +69,7 @@ def collect(store: Store, keep_days: float, *, delete: bool) -> Garbage:
         roots = {ref for ref in parents if created[ref] > oldest or f"{ref.kind}/{ref.digest}" in used}
         kept = _reachable(roots | set(pinned(store)), parents)
         garbage = sorted(set(parents) - kept)
-        leftovers = [path for path in _leftovers(store, kept) if path.stat().st_mtime < oldest.timestamp()]
+        leftovers = [path for path in _leftovers(store, kept, used) if path.stat().st_mtime < oldest.timestamp()]
         found = Garbage(
             artifacts=tuple(garbage),
             leftovers=tuple(leftovers),
@@ -101,16 +103,19 @@ def _reachable(roots: Iterable[Ref], parents: dict[Ref, list[Ref]]) -> set[Ref]:
     return found
 
 
-def _leftovers(store: Store, kept: set[Ref]) -> list[Path]:
-    """Half-done folders whose maker is not running, downloads that no kept artifact uses, what was set aside before."""
+def _leftovers(store: Store, kept: set[Ref], used: set[str]) -> list[Path]:
+    """Half-done folders whose maker is not running, what no kept artifact or running process uses of downloads and
+    replies, what was set aside before.
+    """
     found = list((store.root / _REMOVED).glob("*"))
-    used = set[Path]()
+    found += [path for path in (store.root / REPLIES).glob("*") if f"{REPLIES}/{path.name}" not in used]
+    folders = set[Path]()
     for ref in kept:
         with suppress(CheckpointError):
-            used.add(store.folder(ref))
+            folders.add(store.folder(ref))
     for path in (store.root / DOWNLOADS).glob("*"):
         place = path.name.removeprefix(".").removesuffix(".partial")
-        if path not in used and not store.is_locked(f"download-{place}"):
+        if path not in folders and not store.is_locked(f"download-{place}"):
             found.append(path)
     for kind in KINDS:
         for path in (store.root / kind).glob(".*"):
@@ -120,21 +125,23 @@ def _leftovers(store: Store, kept: set[Ref]) -> list[Path]:
     return sorted(found)
 
 
-def _set_aside(folders: Iterable[Path], store: Store) -> list[Path]:
-    """Rename folders, so that each is gone at once; the slow removal needs no lock."""
+def _set_aside(paths: Iterable[Path], store: Store) -> list[Path]:
+    """Rename folders and files, so that each is gone at once; the slow removal needs no lock."""
     aside = store.root / _REMOVED
     aside.mkdir(parents=True, exist_ok=True)
     moved = []
-    for number, folder in enumerate(folders):
+    for number, path in enumerate(paths):
         target = aside / f"{time.time_ns()}-{number}"
-        (folder / MANIFEST).unlink(missing_ok=True)
-        folder.rename(target)
+        if path.is_dir():
+            (path / MANIFEST).unlink(missing_ok=True)
+        path.rename(target)
         moved.append(target)
     return moved
 
 
-def _num_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+def _num_bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def _pins(store: Store) -> Path:

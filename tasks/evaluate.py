@@ -15,7 +15,7 @@ from annotated_types import Ge
 
 from merging_core.errors import CheckpointError, NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
-from tasks.backends import load_backend
+from tasks.backends import Endpoint, endpoint_model, vllm_model
 from tasks.generations import Generation, write_generations
 from tasks.harness import Reply, ask, transformers_model
 from tasks.scores import Asked, Sample, Scored, write_scores
@@ -49,15 +49,15 @@ class EvaluateSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Execution:
-    """How the work is done; scores do not depend on it."""
+    """How the work is done; of it only the backend tells scores apart."""
 
     __pydantic_config__: ClassVar = STRICT
     device: str = "cpu"
     """Torch device, such as cpu or cuda:0. Of several, such as cuda:0,cuda:1, all merge and the first evaluates."""
     batch_size: Annotated[int, Ge(1)] = 64
     """Requests in one forward pass, >= 1."""
-    backend: Literal["transformers", "vllm", "openai"] = "transformers"
-    """What runs the model: transformers here, vLLM where installed, or an OpenAI-compatible completion endpoint."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model here: transformers, or vLLM where installed; scores by the two are kept apart."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "evaluate")
@@ -65,25 +65,34 @@ class Execution:
 
 
 def evaluate_steps(
-    model: Ref, name: str, suite: Suite, settings: EvaluateSettings, store: Store, execution: Execution
+    model: Ref,
+    name: str,
+    suite: Suite,
+    settings: EvaluateSettings,
+    store: Store,
+    execution: Execution,
+    endpoint: Endpoint | None = None,
 ) -> list[Step]:
     """One step for each benchmark of a suite; the model is loaded once, and only if a benchmark is missing.
 
     Args:
-        model: a checkpoint or a merged model.
+        model: a checkpoint or a merged model; for an endpoint its tokenizer, of kind ``tokenizer``.
         name: how titles call it.
         suite: what is run.
         settings: what is asked.
         store: where the model lies and the scores go.
         execution: device, batch size and backend.
+        endpoint: where the model is served; default: it is run here.
 
     Returns:
         In the suite's order: kind ``generations`` for a benchmark with a question, else ``scores``.
 
     Raises:
-        RecipeError: if a task file or a local file of a benchmark is missing.
+        RecipeError: if a task file or a local file of a benchmark is missing; or if both vLLM and an endpoint are
+            to run the model.
     """
-    loaded = _Model(store.folder(model), execution) if (store.home(model)).exists() else None
+    served = _served(execution, endpoint)
+    loaded = _Model(store.folder(model), execution, endpoint) if (store.home(model)).exists() else None
     steps = []
     for benchmark in suite.benchmarks:
         identity = {
@@ -92,7 +101,7 @@ def evaluate_steps(
             "model": model.digest,
             "benchmark": suite.benchmark_digest(benchmark, settings.split),
             "settings": _settings(benchmark, settings),
-            **_served(execution),
+            **served,
         }
 
         def make(out: Path, benchmark: Benchmark = benchmark) -> dict[str, Any]:
@@ -105,9 +114,13 @@ def evaluate_steps(
     return steps
 
 
-def _served(execution: Execution) -> dict[str, Any]:
+def _served(execution: Execution, endpoint: Endpoint | None) -> dict[str, Any]:
     """What else determines the scores where transformers does not run the model here."""
-    return {} if execution.backend == "transformers" else {"backend": execution.backend}
+    if endpoint is None:
+        return {} if execution.backend == "transformers" else {"backend": execution.backend}
+    if execution.backend != "transformers":
+        raise RecipeError(f"evaluate: both backend {execution.backend} and an endpoint. Name one of them.")
+    return {"endpoint": endpoint.identity()}
 
 
 def run_benchmark(lm: Any, suite: Suite, benchmark: Benchmark, settings: EvaluateSettings) -> Scored:
@@ -146,14 +159,21 @@ def run_generation(
     return found, asked
 
 
-def load_model(folder: Path, execution: Execution) -> Any:
+def load_model(folder: Path, execution: Execution, endpoint: Endpoint | None = None) -> Any:
     """Load a model folder for lm-eval, in its stored dtype, without running code from the folder.
 
+    Args:
+        folder: the model; for an endpoint its tokenizer and config.json.
+        execution: device, batch size and backend; an endpoint has its own.
+        endpoint: where the model is served; default: it is run here.
+
     Raises:
-        RecipeError, CheckpointError: see :func:`tasks.models.load_language_model`.
+        RecipeError, CheckpointError: see :func:`tasks.models.load_language_model` and :mod:`tasks.backends`.
     """
-    if execution.backend != "transformers":
-        return load_backend(folder, execution)
+    if endpoint is not None:
+        return endpoint_model(folder, endpoint)
+    if execution.backend == "vllm":
+        return vllm_model(folder, execution.device)
     return transformers_model(folder, execution.device, execution.batch_size)
 
 
@@ -165,12 +185,12 @@ def lost_chat_template(model: Path, base: Path) -> bool:
 class _Model:
     """A model that is loaded when its first benchmark is missing."""
 
-    def __init__(self, folder: Path, execution: Execution) -> None:
-        self._folder, self._execution = folder, execution
+    def __init__(self, folder: Path, execution: Execution, endpoint: Endpoint | None) -> None:
+        self._folder, self._execution, self._endpoint = folder, execution, endpoint
 
     @cached_property
     def lm(self) -> Any:
-        return load_model(self._folder, self._execution)
+        return load_model(self._folder, self._execution, self._endpoint)
 
 
 def _settings(benchmark: Benchmark, settings: EvaluateSettings) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from tasks.scores import Asked
 from tasks.store import Ref, Store
+from tasks.tables import read_rows, write_rows
 
 GENERATIONS_FILE: Final = "generations.parquet"
 ASKED_FILE: Final = "asked.json"
@@ -30,25 +31,19 @@ class Generation:
 
 def write_generations(generations: Sequence[Generation], asked: Asked, out: Path) -> None:
     """Write what was said, and how it was asked, into a folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [
         {**asdict(one), "responses": list(one.responses), "document": json.dumps(one.document, sort_keys=True)}
         for one in generations
     ]
-    pq.write_table(pa.Table.from_pylist(rows), out / GENERATIONS_FILE)
+    write_rows(rows, out / GENERATIONS_FILE)
     (out / ASKED_FILE).write_text(json.dumps(asdict(asked), indent=1, sort_keys=True))
 
 
 def read_generations(ref: Ref, store: Store) -> tuple[list[Generation], Asked]:
     """What :func:`write_generations` wrote."""
-    import pyarrow.parquet as pq
-
     folder = store.folder(ref)
-    rows = pq.read_table(folder / GENERATIONS_FILE).to_pylist()
     generations = [
         Generation(**{**row, "responses": tuple(row["responses"]), "document": json.loads(row["document"])})
-        for row in rows
+        for row in read_rows(folder / GENERATIONS_FILE)
     ]
     return generations, Asked(**json.loads((folder / ASKED_FILE).read_text()))

@@ -8,7 +8,8 @@ from merging_core.checkpoint import CONFIG
 from merging_core.devices import parse_devices
 from merging_core.errors import CheckpointError
 
-_TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files of which a folder with a tokenizer has one or more."""
 
 
 def load_language_model(folder: Path, device: str, dtype: Any = "auto") -> tuple[Any, Any]:
@@ -33,9 +34,9 @@ def load_language_model(folder: Path, device: str, dtype: Any = "auto") -> tuple
             f"{folder}: is a PEFT adapter, and a complete model is expected here. Merge a recipe with this one expert "
             "(tripoise merge), and name the folder that it makes."
         )
-    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in _TOKENIZERS):
+    if not (folder / CONFIG).is_file() or not any((folder / name).is_file() for name in TOKENIZERS):
         raise CheckpointError(
-            f"{folder}: has no {CONFIG} or no tokenizer ({', '.join(_TOKENIZERS)}). "
+            f"{folder}: has no {CONFIG} or no tokenizer ({', '.join(TOKENIZERS)}). "
             "Copy them from the base: a model is evaluated as it would be used."
         )
     try:

@@ -49,7 +49,11 @@ class RecipeModel(BaseModel):
         title="Experts", description="The fine-tuned checkpoints, in the order in which they are merged.", min_length=1
     )
     method: AnyMethod = Field(
-        default_factory=RTsvm, title="Merging method", description="How the experts are merged; each has settings."
+        default_factory=RTsvm,
+        title="Merging method",
+        description="How the experts are merged; each has settings.",
+        # A form starts with what is meant where nothing is said.
+        json_schema_extra={"default": {"name": RTsvm().name}},
     )
     compute_dtype: ComputeDtype = Field(
         default="float32",

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, TypeVar
@@ -38,6 +39,8 @@ class Object:
     size: int
     version: str
     """Changes with the content, as far as the storage tells: an ETag, a checksum, a time."""
+    modified: float | None = field(default=None, compare=False)
+    """When it was written, in seconds since 1970 by the storage's clock; None where the storage does not tell."""
 
 
 class Storage:
@@ -65,10 +68,20 @@ class Storage:
         """
         found = self._ask(lambda: self._fs.ls(self._path(), detail=True, refresh=True), missing=[])
         return {
-            name: Object(f"{self.url}/{name}", int(one["size"]), _version(one))
+            name: Object(f"{self.url}/{name}", int(one["size"]), _version(one), _modified(one))
             for one in found
             if one["type"] == "file" and (name := one["name"].rpartition("/")[2])
         }
+
+    def folders(self) -> tuple[str, ...]:
+        """Names of what lies directly below the URL and has files below it, sorted.
+
+        Raises:
+            CheckpointError: if the storage refuses or cannot be reached.
+        """
+        found = self._ask(lambda: self._fs.ls(self._path(), detail=True, refresh=True), missing=[])
+        names = [one["name"].rstrip("/").rpartition("/")[2] for one in found if one["type"] == "directory"]
+        return tuple(sorted(names))
 
     def size(self, name: str) -> int | None:
         """Bytes of a file below the URL; None if there is none."""
@@ -78,6 +91,10 @@ class Storage:
     def read(self, name: str) -> bytes | None:
         """A small file below the URL; None if there is none."""
         return self._ask(lambda: bytes(self._fs.cat_file(self._path(name))), missing=None)
+
+    def head(self, name: str, num_bytes: int) -> bytes | None:
+        """The first bytes of a file below the URL; None if there is none."""
+        return self._ask(lambda: bytes(self._fs.cat_file(self._path(name), start=0, end=num_bytes)), missing=None)
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file; it appears whole or not at all."""
@@ -262,6 +279,13 @@ def _filesystem(scheme: str, url: str) -> Any:
 def _version(info: Mapping[str, Any]) -> str:
     told = next((info[key] for key in ("ETag", "etag", "md5Hash", "mtime", "created") if info.get(key)), "")
     return str(told).strip('"').replace(" ", "")
+
+
+def _modified(info: Mapping[str, Any]) -> float | None:
+    told = next((info[key] for key in ("LastModified", "last_modified", "mtime", "created") if info.get(key)), None)
+    if isinstance(told, datetime):
+        return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
+    return float(told) if isinstance(told, int | float) else None
 
 
 def _kind(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from merging_core.digest import digest_of
 from merging_core.errors import CheckpointError
 from tasks.sources.local import content_files
 from tasks.store import Manifest, Ref, Store
+from tasks.tables import read_rows, write_rows
 
 SAMPLES_FILE: Final = "samples.parquet"
 SCORE_FILE: Final = "score.json"
@@ -105,10 +106,7 @@ class Scored:
 
 def write_scores(scored: Scored, out: Path) -> None:
     """Write samples and aggregate into a folder."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist([asdict(sample) for sample in scored.samples]), out / SAMPLES_FILE)
+    write_rows([asdict(sample) for sample in scored.samples], out / SAMPLES_FILE)
     (out / SCORE_FILE).write_text(json.dumps(scored.record(), indent=1, sort_keys=True))
 
 
@@ -143,13 +141,11 @@ def _model_of(scores: Manifest, store: Store) -> Any:
 
 def read_values(refs: Sequence[Ref], store: Store) -> dict[str, dict[str, float]]:
     """Benchmark to sample id to metric, over several scores of one model."""
-    import pyarrow.parquet as pq
-
     values = {}
     for ref in refs:
-        table = pq.read_table(store.folder(ref) / SAMPLES_FILE, columns=["id", "value"])
-        ids = table.column("id").to_pylist()
-        values[read_record(ref, store)["task"]] = dict(zip(ids, table.column("value").to_pylist(), strict=True))
-        if len(set(ids)) != len(ids):
+        rows = read_rows(store.folder(ref) / SAMPLES_FILE, ["id", "value"])
+        found = {row["id"]: row["value"] for row in rows}
+        values[read_record(ref, store)["task"]] = found
+        if len(found) != len(rows):
             raise CheckpointError(f"{ref}: sample ids repeat. Remove the artifact and evaluate again.")
     return values

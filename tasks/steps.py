@@ -1,7 +1,8 @@
 """Steps: memoized computations as values, and the plainest way to run them.
 
 A flow says which steps there are and in which order. A runner decides how: ``Direct`` calls them in this process,
-``tasks.orchestration.AsPrefectTasks`` makes each group a Prefect task run, ``tasks.plan.Planner`` only asks the store.
+``tasks.orchestration.AsPrefectTasks`` makes each group a Prefect task run, ``flows.pools.OnPools`` asks GPU workers for
+what is missing, ``tasks.plan.Planner`` only asks the store.
 """
 
 import logging
@@ -18,6 +19,16 @@ from tasks.store import Built, Ref, Store
 log = logging.getLogger("tripoise.steps")
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What another machine is asked to run, so that it makes an artifact."""
+
+    deployment: str
+    """Such as ``merge/merge``."""
+    parameters: Mapping[str, Any]
+    """JSON-able; names sources by content or by a path that the other machine has too."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One artifact that can be asked for."""
@@ -32,6 +43,8 @@ class Step:
     """Artifacts it is made from."""
     make: Callable[[Path], Mapping[str, Any] | None] = field(repr=False)
     """Writes the files into an empty folder; may return details for the manifest."""
+    elsewhere: Request | None = None
+    """What makes it on a GPU worker, for a runner that has some."""
 
     @property
     def ref(self) -> Ref:

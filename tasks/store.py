@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.mirror import Mirror
 
 KINDS: Final = (
-    *("checkpoint", "adapter", "task-vectors", "statistics", "calibration", "merged"),
+    *("checkpoint", "adapter", "tokenizer", "task-vectors", "statistics", "calibration", "merged"),
     *("interference", "data", "generations", "scores", "report", "publication"),
 )
 # Their makers go on with what an interrupted run left in the folder.
@@ -37,7 +37,10 @@ RESUMED: Final = ("task-vectors", "merged")
 MANIFEST: Final = "manifest.json"
 NOTES: Final = ".notes"
 """Folder in which a maker keeps what it needs to go on; no part of the artifact."""
-_RECORDED_PACKAGES: Final = ("tripoise", "torch", "transformers", "safetensors", "lm_eval", "tokenizers", "prefect")
+_RECORDED_PACKAGES: Final = (
+    *("tripoise", "torch", "transformers", "safetensors", "lm_eval", "tokenizers", "prefect"),
+    *("trl", "peft", "datasketch", "optuna"),
+)
 
 log = logging.getLogger("tripoise.store")
 
@@ -127,6 +130,17 @@ class Store:
         """The finished artifact with this identity, if it is here or in the mirror."""
         ref = Ref(kind, digest_of(identity))
         return ref if self._is_usable(ref) or (self.mirror and self._mirror().has(ref)) else None
+
+    def bring(self, ref: Ref) -> bool:
+        """Whether a finished artifact is here, whole, after a look into the mirror.
+
+        Raises:
+            CheckpointError: if the mirror cannot be read.
+        """
+        if self._is_usable(ref):
+            return True
+        with self.lock(f"{ref.kind}-{ref.digest}"):
+            return self._is_usable(ref) or self._fetch(ref)
 
     def is_locked(self, name: str) -> bool:
         """Whether a living process holds the lock ``name``."""
@@ -394,9 +408,10 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder and all below it, if it is there."""
-    if folder.is_symlink():
-        folder.unlink()
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all below it, if it is there."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

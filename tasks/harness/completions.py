@@ -4,36 +4,28 @@ lm-eval's own prints the key with every failed request, sends ``OPENAI_API_KEY``
 response to a prompt the same seed, and sums the wrong log-probabilities where a server echoes other tokens than it got.
 """
 
-import logging
-import random
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import httpx
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 
-from merging_core.errors import CheckpointError, RecipeError
-from tasks.backends import SEED, Endpoint
+from merging_core.errors import CheckpointError
+from tasks.backends import SEED, SUBJECT, Endpoint
 from tasks.harness.model import quiet_lm_eval
-
-_TRANSIENT: Final = frozenset({408, 409, 425, 429})
-_LONGEST_WAIT_S: Final = 60.0
-_SHOWN: Final = 300
-"""Characters of what a server says instead of an answer."""
-
-log = logging.getLogger("tripoise.evaluate")
+from tasks.http_api import ApiClient, key_of
+from tasks.progress import track
 
 
 class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
     """Asks an endpoint for the same tokens that transformers would be asked for."""
 
-    def __init__(self, endpoint: Endpoint, folder: Path, key: str | None, max_length: int) -> None:
+    def __init__(self, endpoint: Endpoint, folder: Path, max_length: int) -> None:
+        key_of(endpoint, SUBJECT)  # so that a missing key is told before any work
         quiet_lm_eval()
         super().__init__(
             model=endpoint.model,
@@ -46,13 +38,7 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no 
             num_concurrent=max(2, endpoint.concurrency),
         )
         self.add_bos_token = None
-        self._endpoint, self._key = endpoint, key
-        self._client = httpx.Client(
-            base_url=endpoint.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=endpoint.timeout_s,
-            limits=httpx.Limits(max_connections=endpoint.concurrency),
-        )
+        self._endpoint, self._subject = endpoint, f"{SUBJECT} {endpoint.url}"
 
     def tok_encode(self, string: Any, add_special_tokens: bool | None = None, **_: Any) -> Any:
         """Tokens as transformers gives them to a model: with BOS where the tokenizer adds one, never two of them."""
@@ -97,50 +83,27 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no 
             CheckpointError: if it stays out of reach or broken, or does not answer what it was asked.
         """
 
-        def ask(tokens: list[int], context: int) -> Any:
+        def ask(request: tuple[list[int], int]) -> Any:
+            tokens, context = request
             body = self._create_payload([tokens], generate=generate, gen_kwargs=deepcopy(gen_kwargs), seed=self._seed)
-            answer = self._post(body)
+            answer = _json(client.post("completions", body), self._subject)
             if generate:
-                return self._text(answer, (gen_kwargs or {}).get("until"))
+                return client.scrub(self._text(answer, (gen_kwargs or {}).get("until")))
             self._check_echo(answer, tokens)
             return self.parse_logprobs(answer, [tokens], [context])[0]
 
-        contexts = ctxlens or [0] * len(requests)
-        with ThreadPoolExecutor(self._endpoint.concurrency) as pool:
-            futures = [pool.submit(ask, *one) for one in zip(requests, contexts, strict=True)]
-            try:
-                answers = [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [[answer] for answer in answers]
+        asked = list(zip(requests, ctxlens or [0] * len(requests), strict=True))
+        with self._client() as client, track(f"ask {self._subject}") as progress:
+            return [[answer] for answer in client.each(ask, asked, progress)]
 
-    def _post(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        retries, subject = self._endpoint.retries, f"endpoint {self._endpoint.url}"
-        trouble = ""
-        for attempt in range(retries + 1):
-            if attempt:
-                # Jitter, so that requests that failed together do not come back together.
-                seconds = min(self._endpoint.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S) * random.uniform(0.5, 1)
-                log.info("%s: %s; next attempt in %.1f s", subject, trouble, seconds)
-                time.sleep(seconds)
-            try:
-                response = self._client.post("completions", json=body)
-            except httpx.TransportError as error:
-                trouble = self._scrub(f"{type(error).__name__}: {error}".rstrip(": "))
-                continue
-            if response.is_success:
-                return _json(response, subject)
-            trouble = f"HTTP {response.status_code}: {self._scrub(' '.join(response.text.split())[:_SHOWN])}"
-            if response.status_code not in _TRANSIENT and response.status_code < 500:
-                raise RecipeError(
-                    f"{subject}: refuses the request ({trouble}). Check url, model, max_length and the key in the "
-                    "variable that key_variable names; it must take token ids, and log-probabilities with echo."
-                )
-        raise CheckpointError(f"{subject}: failed {retries + 1} times, last: {trouble}. Check it, and run again.")
-
-    def _scrub(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+    def _client(self) -> ApiClient:
+        return ApiClient(
+            self._endpoint,
+            SUBJECT,
+            refused="Check url, model, max_length and the key in the variable that key_variable names; "
+            "it must take token ids, and log-probabilities with echo.",
+            failed="Check it, and run again.",
+        )
 
     def _text(self, answer: Mapping[str, Any], until: Any) -> str:
         try:
@@ -148,7 +111,7 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no 
         except (KeyError, TypeError, ValueError):
             text = None
         if not isinstance(text, str):
-            raise CheckpointError(f"endpoint {self._endpoint.url}: its answer is not one completion with a text.")
+            raise CheckpointError(f"{self._subject}: its answer is not one completion with a text.")
         # A server that leaves the stop sequence in the text, or ignores it, gives the same response.
         return str(postprocess_generated_text(text, [until] if isinstance(until, str) else until or [], None))
 
@@ -163,7 +126,7 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no 
             lengths, numbers = set(), False
         if lengths != {len(tokens) + 1} or not numbers:
             raise CheckpointError(
-                f"endpoint {self._endpoint.url}: was sent {len(tokens)} tokens with echo and asked for one more, and "
+                f"{self._subject}: was sent {len(tokens)} tokens with echo and asked for one more, and "
                 f"gives log-probabilities of {sorted(lengths) or 'none'}. Use a server that echoes prompts with "
                 "log-probabilities, such as vLLM, and benchmarks that only generate for any other."
             )

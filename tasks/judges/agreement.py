@@ -8,6 +8,7 @@ from typing import Any
 from merging_core.errors import CheckpointError, RecipeError
 from tasks.scores import SAMPLES_FILE, read_record
 from tasks.store import Ref, Store
+from tasks.tables import read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,5 @@ def cohen_kappa(table: Sequence[Sequence[int]]) -> tuple[float | None, float | N
 
 def _values(ref: Ref, store: Store) -> dict[str, tuple[str, float | None]]:
     """Sample id to response and value."""
-    import pyarrow.parquet as pq
-
-    rows = pq.read_table(store.folder(ref) / SAMPLES_FILE, columns=["id", "response", "value"]).to_pylist()
+    rows = read_rows(store.folder(ref) / SAMPLES_FILE, ["id", "response", "value"])
     return {row["id"]: (row["response"], row["value"]) for row in rows}

@@ -4,11 +4,19 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
+
+from tasks.usage import note_use, using
+
+REPLIES: Final = "replies"
+"""Folder of a store with a file of replies for each judge."""
 
 
 class KeptReplies:
-    """A file of JSON lines that only grows: digest of a request to the reply. Open it as a context."""
+    """A file of JSON lines that only grows: digest of a request to the reply. Open it as a context.
+
+    It lies in the folder ``REPLIES`` of a store, whose garbage collection leaves it alone until this process ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
@@ -16,7 +24,10 @@ class KeptReplies:
 
     def __enter__(self) -> Self:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+", encoding="utf-8")
+        root = self._path.parents[1]
+        with using(root):
+            self._file = self._path.open("a+", encoding="utf-8")
+            note_use(root, f"{REPLIES}/{self._path.name}")
         self._file.seek(0)
         for line in self._file:
             # A line that a killed run left half written is asked again.

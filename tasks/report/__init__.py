@@ -3,7 +3,7 @@
 - ``inputs.py``: what a report is made from
 - ``leaderboard.py``: flat rows and Markdown
 - ``figures.py``, ``trade_off.py``, ``layers.py``: plots of the scores, and of what happens layer by layer
-- ``page.py``: the page and the files beside it
+- ``template.py``, ``page.py``: the page and the files beside it
 """
 
 from tasks.report.inputs import Interference, LayerDiagnostics, ReportInputs

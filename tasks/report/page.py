@@ -4,22 +4,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from tasks.comparison import DIMENSIONS, Comparison
-from tasks.report.figures import ROLES, Figure, dimension_bars, forest
+from tasks.report.figures import ROLES, dimension_bars, forest
 from tasks.report.inputs import ReportInputs
 from tasks.report.layers import decision_lines, interference_maps
 from tasks.report.leaderboard import interval, leaderboard_rows, number, outcomes, sides, signed, spread
+from tasks.report.template import render
 from tasks.report.trade_off import trade_off
-
-_HERE: Final = Path(__file__).parent
 
 
 def write_report(inputs: ReportInputs, out: Path) -> None:
@@ -52,13 +48,13 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _page(inputs: ReportInputs) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _or_dash(number), "signed": _or_dash(signed)}
-    environment.filters |= {"interval": interval, "settings": _settings, "spread": spread}
     comparison, interference = inputs.comparison, inputs.interference
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        filters={
+            **{"number": _or_dash(number), "signed": _or_dash(signed)},
+            **{"interval": interval, "settings": _settings, "spread": spread},
+        },
         inputs=inputs,
         comparison=comparison,
         rows=comparison.rows,
@@ -74,10 +70,6 @@ def _page(inputs: ReportInputs) -> str:
         figures={"bars": dimension_bars(comparison), "trade-off": trade_off(comparison, "helpful", "harmless")}
         | ({"forest": forest(comparison)} if comparison.best_expert else {}),
         decision_lines=decision_lines,
-        figure_json=_figure_json,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
     )
 
 
@@ -87,12 +79,6 @@ def _leading(comparison: Comparison) -> dict[str, float]:
         b.task: (max if b.higher_is_better else min)(row.benchmarks[b.task].value for row in comparison.rows)
         for b in comparison.benchmarks
     }
-
-
-def _figure_json(figure: Figure) -> Markup:
-    """JSON that no text in it can end: inside a script element only ``<`` matters, written as an escape."""
-    text = json.dumps(figure, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
 
 
 def _or_dash(form: Callable[[float], str]) -> Callable[[float | None], str]:

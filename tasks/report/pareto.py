@@ -6,16 +6,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from tasks.comparison import DIMENSIONS
 from tasks.report.figures import Figure, axis, label, layout
 from tasks.report.leaderboard import number
-from tasks.report.page import _figure_json
+from tasks.report.template import render
 
-_HERE: Final = Path(__file__).parent
 # Kind of a point to its name, symbol, colour and size; later ones are drawn on top.
 KINDS: Final[Mapping[str, tuple[str, str, str, int]]] = {
     "pruned": ("pruned, by its first samples", "circle-open", "var(--faint)", 7),
@@ -45,10 +40,8 @@ class ParetoPoint:
 
 def write_pareto(title: str, suite: str, points: Sequence[ParetoPoint], out: Path) -> None:
     """Write ``pareto.html`` into the folder ``out``: one file that needs no network; texts are shown literally."""
-    environment = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("pareto.html.j2").render(
+    page = render(
+        "pareto.html.j2",
         title=title,
         suite=suite,
         points=points,
@@ -58,10 +51,6 @@ def write_pareto(title: str, suite: str, points: Sequence[ParetoPoint], out: Pat
         counts=_counts(points),
         settings_text=settings_text,
         number=number,
-        figure_json=_figure_json,
-        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
     )
     (out / "pareto.html").write_text(page, encoding="utf-8")
 

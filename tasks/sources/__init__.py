@@ -4,12 +4,16 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Final
 
-from merging_core.errors import RecipeError
+from merging_core.errors import CheckpointError, RecipeError
 from tasks.progress import Progress, silent
 from tasks.sources.names import is_data_recipe
-from tasks.store import Built, Store
+from tasks.store import KINDS, Built, Ref, Store
+
+_MODELS: Final = ("checkpoint", "merged", "adapter")
+_DIGEST_LENGTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,9 @@ def resolve(source: str, store: Store, *, progress: Progress = silent) -> Built:
     so equal folders are the same checkpoint wherever they lie. Every file is read once, later only if it changed.
 
     Args:
-        source: a folder, ``hf://org/name@revision``, ``s3://bucket/prefix``, ``mini3h://role``, or the path of a data
-            recipe, ``name.yaml?seed=0``, for the model that is trained on it.
+        source: a folder, ``hf://org/name@revision``, ``s3://bucket/prefix``, ``mini3h://role``,
+            ``store://kind/digest`` for a model that is in the store or its mirror, or the path of a data recipe,
+            ``name.yaml?seed=0``, for the model that is trained on it.
         store: where the record goes.
         progress: called with bytes hashed so far and bytes in all.
 
@@ -78,6 +83,19 @@ def _from_object_storage(source: str, store: Store, progress: Progress) -> Built
     return _record(pin(folder, source, source, store.root / "hashes", silent), store)
 
 
+def _from_store(source: str, store: Store, progress: Progress) -> Built:
+    started, text = perf_counter(), source.removeprefix("store://")
+    kind, _, digest = text.partition("/")
+    # A whole digest may be in the mirror alone; a beginning is looked up here.
+    ref = Ref(kind, digest) if len(digest) == _DIGEST_LENGTH and kind in KINDS else store.lookup(text)
+    if ref.kind not in _MODELS:
+        raise RecipeError(f"{source}: {ref.kind} is no model. Name one of: {', '.join(_MODELS)}.")
+    if not store.bring(ref):
+        where = f" and in the mirror {store.mirror}" if store.mirror else "; there is no mirror"
+        raise CheckpointError(f"{source}: not whole in the store {store.root}{where}. Make it again.")
+    return Built(ref, True, perf_counter() - started)
+
+
 def _from_mini3h(source: str, store: Store, progress: Progress) -> Built:
     from tasks.sources.mini3h import resolve_mini3h
 
@@ -90,6 +108,7 @@ _SCHEMES: Final[dict[str, tuple[str, Callable[[str, Store, Progress], Built]]]] 
     "s3": ("s3://bucket/prefix", _from_object_storage),
     "gs": ("gs://bucket/prefix", _from_object_storage),
     "az": ("az://container/prefix", _from_object_storage),
+    "store": ("store://kind/digest", _from_store),
     "mini3h": ("mini3h://role", _from_mini3h),
 }
 """Scheme to its form, for messages, and to what resolves it."""

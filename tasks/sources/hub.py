@@ -27,7 +27,7 @@ from tasks.store import require_free
 PICKLED: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _SOURCE: Final = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>\w[\w./+-]*))?", re.ASCII)
 _WAITS_S: Final = (0.5, 1.0, 2.0)
-_TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 30.0
 # The HTTP client's own error, whichever client huggingface_hub uses; and hf_xet reports a broken transfer as the last.
 FAILURES: Final = (errors.HTTPError, OSError, RuntimeError)  # type: ignore[attr-defined]
 _NOT_WRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -87,7 +87,7 @@ def parse(source: str) -> tuple[str, str | None]:
 def _online(source: str, repo: str, revision: str, weights: tuple[str, str]) -> Path | None:
     """Folder of the downloaded commit; None if the Hub does not answer."""
     try:
-        info = _retried(lambda: HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT_S, files_metadata=True))
+        info = retried(lambda: HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S, files_metadata=True))
     except FAILURES as error:
         if not _is_transient(error):
             raise
@@ -99,13 +99,13 @@ def _online(source: str, repo: str, revision: str, weights: tuple[str, str]) -> 
         weights = ADAPTER
     _check_listing(source, listed, weights)
     small = [name for name in (_described_by(weights), *COMPANIONS, "README.md", weights[1]) if name in listed]
-    folder = _retried(lambda: _download(repo, commit, small))
+    folder = retried(lambda: _download(repo, commit, small))
     large = weight_names(folder, weights)
     if lost := [name for name in large if name not in listed]:
         raise CheckpointError(f"{source}: the repository lacks {len(lost)} shards of its index, first {lost[0]!r}.")
     missing = sum(listed[name] for name in large if not (folder / name).exists())
     require_free(folder, missing, f"{source}: the download")
-    _retried(lambda: _download(repo, commit, large))
+    retried(lambda: _download(repo, commit, large))
     if revision != commit:
         _remember(folder, revision)
     return folder
@@ -167,7 +167,8 @@ def _remember(folder: Path, revision: str) -> None:
         os.replace(partial, path)
 
 
-def _retried(call: Callable[[], _Result]) -> _Result:
+def retried(call: Callable[[], _Result]) -> _Result:
+    """Call the Hub, again after a while if it fails for now."""
     for wait in _WAITS_S:
         try:
             return call()

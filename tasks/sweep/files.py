@@ -17,6 +17,7 @@ from tasks.store import Ref, Store
 from tasks.suite import Suite
 from tasks.sweep.choice import choose, pareto_set
 from tasks.sweep.trials import Trial
+from tasks.tables import write_rows
 
 # Raise it whenever equal trials give other files.
 SWEEP_VERSION: Final = 1
@@ -137,7 +138,6 @@ def _row(trial: Trial, found: Outcome, suite: Suite, store: Store) -> dict[str, 
 
 def _write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     schema = pa.schema(
         [("trial", pa.int64()), ("state", pa.string()), ("reason", pa.string()), ("repeats", pa.int64())]
@@ -145,8 +145,7 @@ def _write_table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         + [(name, pa.float64()) for name in ("helpful", "honest", "harmless", "mean", "minimum")]
         + [("n", pa.int64()), ("partial", pa.bool_()), ("pareto", pa.bool_()), ("chosen", pa.string())]
     )
-    flat = [{**row, "settings": json.dumps(row["settings"])} for row in rows]
-    pq.write_table(pa.Table.from_pylist(flat, schema), path)
+    write_rows([{**row, "settings": json.dumps(row["settings"])} for row in rows], path, schema)
 
 
 def _points(

@@ -89,7 +89,7 @@ def train_step(recipe: DataRecipe, data: Ref, base: Ref, adapter: Ref | None, st
 
 
 def run_worker(request: Mapping[str, Any], title: str) -> dict[str, Any]:
-    """Train in a process of its own; gives what it reports.
+    """Train in a process of its own, which ends when this one does, however that is; gives what it reports.
 
     Raises:
         CheckpointError: with the worker's own reason, or the last line it wrote if it broke off.
@@ -110,14 +110,18 @@ def run_worker(request: Mapping[str, Any], title: str) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(request))
-            process.stdin.close()
+            process.stdin.write(json.dumps(request) + "\n")
+            # Flushed, not closed: the worker ends where this end of the pipe closes, as the kernel does with a killed
+            # process. PR_SET_PDEATHSIG would follow the thread that started the worker instead.
+            process.stdin.flush()
             last = _follow(process.stdout, title)
             code = process.wait()
         finally:
             # Does nothing to a process that has ended; an interrupt leaves none behind.
             process.kill()
             process.wait()
+            process.stdin.close()
+            process.stdout.close()
         noise.seek(0)
         lines = noise.read().strip().splitlines() or ["no message"]
     if code == REFUSED:

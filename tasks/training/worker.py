@@ -1,6 +1,7 @@
 """The training process: ``python -m tasks.training.worker`` reads a request on stdin and trains by TRL.
 
-On stdout it prints one JSON object a line: ``done`` and ``total`` steps, and at the end ``report`` or ``error``.
+The request is one line. Where stdin closes after it the parent has ended, and so does this process. On stdout it prints
+one JSON object a line: ``done`` and ``total`` steps, and at the end ``report`` or ``error``.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from merging_core.errors import MergeError, RecipeError
 from tasks.recipes import validated
 from tasks.sources.local import COMPANIONS
+from tasks.tables import read_rows
 from tasks.training.documents import encode, in_training_order, require_steps
 from tasks.training.settings import TrainingSettings
 from tasks.training.train import REFUSED
@@ -27,12 +30,11 @@ def train(request: dict[str, Any], progress: Callable[[int, int], None]) -> dict
         RecipeError: if no document is left to learn from.
     """
     import torch
-    from pyarrow import parquet
 
     settings: TrainingSettings = validated(TrainingSettings, request["settings"], "training")
     torch.set_num_threads(settings.threads)
     base, out = Path(request["base"]), Path(request["out"])
-    rows = parquet.read_table(request["data"]).to_pylist()
+    rows = read_rows(Path(request["data"]))
     if request["stage"] is not None:
         rows = [row for row in rows if row["dataset"] == request["stage"]]
     model, tokenizer, stored = _load(base, settings, request["device"])
@@ -55,7 +57,9 @@ def train(request: dict[str, Any], progress: Callable[[int, int], None]) -> dict
         model = PeftModel.from_pretrained(model, request["adapter"], is_trainable=True)
     from tasks.training.trainers import build_trainer
 
-    with tempfile.TemporaryDirectory() as scratch:
+    out.mkdir(parents=True, exist_ok=True)
+    # In the artifact's own folder, where the next run removes what this one may have to leave.
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
         trainer = build_trainer(
             model, tokenizer, ordered, settings, num_steps, request | {"scratch": scratch}, progress
         )
@@ -100,6 +104,13 @@ def _save(model: Any, base: Path, out: Path, stored: Any, *, is_adapter: bool) -
             shutil.copyfile(base / name, out / name)
 
 
+def _end_with_parent() -> None:
+    """Wait until the parent's end of stdin closes, then end this process at once."""
+    # Not by sys.stdin: the interpreter could not end with a thread that holds its lock.
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 def _main() -> int:
     # What libraries print goes to stderr; this process speaks on a copy of stdout that they do not know.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as channel:
@@ -108,8 +119,10 @@ def _main() -> int:
         def say(**message: Any) -> None:
             print(json.dumps(message), file=channel, flush=True)
 
+        request = sys.stdin.readline()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            report = train(json.load(sys.stdin), lambda done, total: say(done=done, total=total))
+            report = train(json.loads(request), lambda done, total: say(done=done, total=total))
         except MergeError as error:
             say(error=str(error))
             return REFUSED

@@ -1,60 +1,24 @@
-"""A real completion server on loopback: a model behind ``/v1/completions``, with echo, log-probabilities and seeds."""
+"""A completion endpoint on loopback: a real model behind ``/v1/completions`` with echo, log-probabilities, seeds."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.tasks.loopback import Loopback
 
-class CompletionServer:
+
+class CompletionServer(Loopback):
     """Serves the model of a folder; ``spoil(body, attempt)`` may give (status, text) in place of an answer."""
 
     def __init__(self, folder, spoil=lambda body, attempt: None):
+        super().__init__()
         self.model, self.tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        self.bodies, self.headers, self.now, self.most_at_once = [], [], 0, 0
-        self._lock = threading.Lock()
-        outer = self
+        self.spoil = spoil
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    attempt = outer.bodies.count(body)
-                    outer.bodies.append(body)
-                    outer.headers.append((self.path, dict(self.headers)))
-                    outer.now += 1
-                    outer.most_at_once = max(outer.most_at_once, outer.now)
-                try:
-                    status, text = spoil(body, attempt) or (200, json.dumps(outer.answer(body)))
-                finally:
-                    with outer._lock:
-                        outer.now -= 1
-                data = text.encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
+    def respond(self, body, before):
+        status, text = self.spoil(body, before) or (200, json.dumps(self.answer(body)))
+        return status, {}, text
 
     @torch.inference_mode()
     def answer(self, body):

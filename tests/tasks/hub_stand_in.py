@@ -28,6 +28,9 @@ for line in sys.stdin:
         if "out" in ask:
             convert(ask["source"], Path(ask["out"]))
             answer = {}
+        elif "look" in ask:
+            from tasks.watch.places import look
+            answer = {"places": [[one.name, one.source, one.lacks()] for one in look(ask["source"])]}
         elif "model" in ask:
             store = Store(ask["store"])
             options = {name: ask.get(name) == "True" for name in ("replace", "public", "dry_run")}
@@ -209,7 +212,7 @@ def _handler(hub):
             hub.requests.append((self.command, path))
             parts = [unquote(part) for part in path.strip("/").split("/")]
             if parts[0] == "api":
-                what, revision = parts[4:6] if len(parts) > 4 else ("revision", "main")
+                what, revision = (*parts[4:6], "main")[:2] if len(parts) > 4 else ("revision", "main")
                 self._api("/".join(parts[2:4]), what, revision)
             else:
                 self._file("/".join(parts[:2]), parts[3], parts[4], body)
@@ -221,6 +224,10 @@ def _handler(hub):
                 return self._error(403, "GatedRepo")
             if not any(known == repo for known, _ in hub.commits):
                 return self._error(404, "RepoNotFound")
+            if what == "refs":
+                refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+                        for (known, name), commit in hub.branches.items() if known == repo]  # fmt: skip
+                return self._json({"branches": refs, "tags": [], "converts": []})
             commit = hub.branches.get((repo, revision), revision)
             if (repo, commit) not in hub.commits:
                 return self._error(404, "RevisionNotFound")

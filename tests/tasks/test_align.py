@@ -17,6 +17,7 @@ from tasks.plan import Planner
 from tasks.recipes import parse_recipe
 from tasks.steps import Direct
 from tasks.store import Store
+from tests.tasks.tiny_models import tiny_llama
 
 TEXTS = ["the cat sat on the mat", "a merge of models", "tokens, tokens and more tokens"]
 PLAIN = "the models sat on a mat and more"
@@ -44,22 +45,9 @@ def new_tokenizer():
 
 
 def new_model(num_rows, tied):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=num_rows,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return tiny_llama(vocab_size=num_rows, max_position_embeddings=64, tie_word_embeddings=tied, **special)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -4,17 +4,17 @@ import json
 import logging
 import threading
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
 
 from merging_core.errors import CheckpointError, RecipeError
-from tasks.backends import Endpoint, load_backend
-from tasks.evaluate import Execution
+from tasks.backends import Endpoint, load_endpoint
+from tasks.evaluate import Execution, load_model
 from tasks.harness import has_chat_template, transformers_model
 from tests.tasks.completion_server import CompletionServer
 
-OPENAI = Execution(backend="openai")
 KEY = "sk-0123456789abcdef"
 PAIRS = [
     ("a b c", " d"),
@@ -48,6 +48,10 @@ def endpoint(server, **settings):
     return Endpoint(**{"url": server.url, "model": "tiny", "revision": "1", "backoff_s": 0.01} | settings)
 
 
+def served(folder, settings):
+    return load_model(folder, Execution(), settings)
+
+
 def likelihoods(lm, pairs=PAIRS):
     return lm.loglikelihood([Instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)])
 
@@ -60,7 +64,7 @@ def texts(lm, prompts, **how):
 def test_an_endpoint_gives_the_likelihoods_of_the_same_model_through_transformers(folder, concurrency):
     expected = likelihoods(transformers_model(folder, "cpu", 4))
     with CompletionServer(folder) as server:
-        found = likelihoods(load_backend(folder, OPENAI, endpoint(server, concurrency=concurrency)))
+        found = likelihoods(served(folder, endpoint(server, concurrency=concurrency)))
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-5)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert len({round(value, 6) for value, _ in found}) > 5
@@ -71,7 +75,7 @@ def test_an_endpoint_gives_the_rolling_likelihoods_of_the_same_model(folder):
     asked = [Instance("loglikelihood_rolling", {}, ("a b c d e",), 0)]
     expected = transformers_model(folder, "cpu", 1).loglikelihood_rolling(asked)
     with CompletionServer(folder) as server:
-        found = load_backend(folder, OPENAI, endpoint(server)).loglikelihood_rolling(asked)
+        found = served(folder, endpoint(server)).loglikelihood_rolling(asked)
     assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -85,10 +89,17 @@ def test_an_endpoint_gives_the_texts_of_the_same_model_through_transformers(fold
     expected = texts(lm, prompts, until=[stop], **how)
     assert expected != free
     with CompletionServer(folder) as server:
-        asked = load_backend(folder, OPENAI, endpoint(server))
+        asked = served(folder, endpoint(server))
         assert texts(asked, prompts, until=[], **how) == free
         assert texts(asked, prompts, until=[stop], **how) == expected
     assert asked.tok_encode("<s> a") == lm.tok_encode("<s> a") == [1, 4]
+
+
+def test_a_key_that_a_server_writes_into_a_completion_is_not_kept(folder, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    with CompletionServer(folder, lambda *_: (200, json.dumps({"choices": [{"text": f"a {KEY} b"}]}))) as server:
+        lm = served(folder, endpoint(server, key_variable="TEST_KEY"))
+        assert texts(lm, ["a"], until=[], do_sample=False, max_gen_toks=4) == ["a *** b"]
 
 
 def test_a_server_that_ignores_stop_sequences_gives_the_same_texts(folder):
@@ -98,14 +109,14 @@ def test_a_server_that_ignores_stop_sequences_gives_the_same_texts(folder):
 
     how = {"do_sample": False, "max_gen_toks": 8, "until": ["c", "d", "e"]}
     with CompletionServer(folder) as plain, Deaf(folder) as deaf:
-        found = [texts(load_backend(folder, OPENAI, endpoint(one)), ["a", "b"], **how) for one in (plain, deaf)]
+        found = [texts(served(folder, endpoint(one)), ["a", "b"], **how) for one in (plain, deaf)]
     assert found[0] == found[1]
 
 
 def test_sampled_responses_to_one_prompt_differ_and_repeat(folder):
     how = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "until": []}
     with CompletionServer(folder) as server:
-        lm = load_backend(folder, OPENAI, endpoint(server))
+        lm = served(folder, endpoint(server))
         once, again = (texts(lm, ["a b"] * 4 + ["c d"], **how) for _ in range(2))
     assert once == again
     assert len(set(once[:4])) == 4
@@ -118,7 +129,7 @@ def test_requests_run_at_the_same_time(folder):
         both.wait(timeout=30)
 
     with CompletionServer(folder, wait) as server:
-        likelihoods(load_backend(folder, OPENAI, endpoint(server, concurrency=2)), PAIRS[:2])
+        likelihoods(served(folder, endpoint(server, concurrency=2)), PAIRS[:2])
     assert server.most_at_once == 2
 
 
@@ -127,9 +138,9 @@ def test_a_busy_or_broken_server_is_asked_again(folder):
         return [(503, "busy"), (429, "slow down"), None][attempt]
 
     with CompletionServer(folder) as steady, CompletionServer(folder, stumble) as server:
-        expected = likelihoods(load_backend(folder, OPENAI, endpoint(steady)), PAIRS[:3])
-        assert likelihoods(load_backend(folder, OPENAI, endpoint(server)), PAIRS[:3]) == expected
-    assert len(server.bodies) == 9
+        expected = likelihoods(served(folder, endpoint(steady)), PAIRS[:3])
+        assert likelihoods(served(folder, endpoint(server)), PAIRS[:3]) == expected
+    assert len(server.requests) == 9
 
 
 @pytest.mark.parametrize(
@@ -148,7 +159,7 @@ def test_what_an_endpoint_says_in_place_of_an_answer_is_told_without_the_key(
     monkeypatch.setenv("TEST_KEY", KEY)
     caplog.set_level(logging.DEBUG)
     with CompletionServer(folder, lambda body, attempt: (status, text)) as server:
-        lm = load_backend(folder, OPENAI, endpoint(server, key_variable="TEST_KEY", retries=1))
+        lm = served(folder, endpoint(server, key_variable="TEST_KEY", retries=1))
         with pytest.raises(error, match=message) as caught:
             likelihoods(lm, PAIRS[:2])
     assert server.headers[0][0] == "/v1/completions"
@@ -168,20 +179,20 @@ def test_a_server_that_echoes_other_tokens_than_it_got_is_refused(folder, change
             return super().complete(change(prompt), body)
 
     with Other(folder) as server, pytest.raises(CheckpointError, match=r"was sent 4 tokens|was sent 5 tokens"):
-        likelihoods(load_backend(folder, OPENAI, endpoint(server)), PAIRS[:1])
+        likelihoods(served(folder, endpoint(server)), PAIRS[:1])
 
 
 def test_no_key_is_sent_unless_one_is_named(folder, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with CompletionServer(folder) as server:
-        likelihoods(load_backend(folder, OPENAI, endpoint(server)), PAIRS[:2])
+        likelihoods(served(folder, endpoint(server)), PAIRS[:2])
     assert KEY not in repr(server.headers)
 
 
 def test_a_server_out_of_reach_is_named(folder):
     with CompletionServer(folder) as server:
         pass
-    lm = load_backend(folder, OPENAI, endpoint(server, retries=1))
+    lm = served(folder, endpoint(server, retries=1))
     with pytest.raises(CheckpointError, match=r"endpoint http://127.*failed 2 times, last: Connect"):
         likelihoods(lm, PAIRS[:1])
 
@@ -216,38 +227,37 @@ def test_a_wrong_endpoint_is_refused_without_showing_a_secret(settings, message)
     assert "secret" not in str(caught.value)
 
 
+def test_the_endpoint_file_of_the_docs_is_valid(tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "backends.md").read_text(encoding="utf-8")
+    (tmp_path / "endpoint.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    found = load_endpoint(tmp_path / "endpoint.yaml")
+    assert (found.key_variable, found.revision, found.max_length) == ("MY_ENDPOINT_KEY", "2026-11-25", 4096)
+
+
 def test_a_missing_key_is_named(folder, monkeypatch):
     monkeypatch.delenv("TEST_KEY", raising=False)
     settings = Endpoint(url="http://127.0.0.1:9/v1", model="m", revision="1", key_variable="TEST_KEY")
     with pytest.raises(RecipeError, match="variable TEST_KEY is not set"):
-        load_backend(folder, OPENAI, settings)
+        served(folder, settings)
 
 
 def test_how_much_an_endpoint_reads_is_stated_or_read_from_the_config(folder):
     settings = {"url": "http://127.0.0.1:9/v1", "model": "m", "revision": "1"}
     # One token of its window is always made.
-    assert load_backend(folder, OPENAI, Endpoint(**settings)).max_length == 31
+    assert served(folder, Endpoint(**settings)).max_length == 31
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="Set max_length"):
-        load_backend(folder, OPENAI, Endpoint(**settings))
-    lm = load_backend(folder, OPENAI, Endpoint(**settings, max_length=16))
+        served(folder, Endpoint(**settings))
+    lm = served(folder, Endpoint(**settings, max_length=16))
     assert (lm.max_length, has_chat_template(lm)) == (15, False)
-
-
-def test_backend_and_endpoint_belong_together(folder):
-    settings = Endpoint(url="http://host/v1", model="m", revision="1")
-    with pytest.raises(RecipeError, match="backend openai without an endpoint"):
-        load_backend(folder, OPENAI)
-    with pytest.raises(RecipeError, match="backend vllm with an endpoint"):
-        load_backend(folder, Execution(backend="vllm"), settings)
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_vllm_that_is_not_installed_is_refused_with_the_remedy(folder):
     with pytest.raises(RecipeError, match=r"needs the package vllm.*backend transformers"):
-        load_backend(folder, Execution(backend="vllm"))
+        load_model(folder, Execution(backend="vllm"))
 
 
 def test_vllm_on_another_gpu_than_the_first_is_refused_with_the_remedy(folder):
     with pytest.raises(RecipeError, match="CUDA_VISIBLE_DEVICES"):
-        load_backend(folder, Execution(backend="vllm", device="cuda:1"))
+        load_model(folder, Execution(backend="vllm", device="cuda:1"))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from merging_core.calibration import Calibration, CalibrationSettings
 from merging_core.checkpoint import Checkpoint
@@ -20,23 +20,16 @@ from tasks.progress import silent
 from tasks.recipes import load_recipe, parse_recipe, recipe_yaml
 from tasks.sources import resolve
 from tasks.sources.mini3h import mini3h_texts
+from tests.tasks.tiny_models import tiny_llama
 
 TEXTS = ["a b c d e", "f g h", "a l k j i h g f", "c c c d"]
 GRAM, FISHER = CalibrationSettings(kind="gram"), CalibrationSettings(kind="fisher")
 
 
-def tiny_llama(tied):
+def uneven_llama(tied):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 12, "max_position_embeddings": 32}
+    model = tiny_llama(**sizes, tie_word_embeddings=tied).eval()
     for parameter in model.parameters():
         # Larger than at initialisation: gradients and activations then differ in size from layer to layer.
         parameter.data.mul_(3).add_(0.1 * torch.randn(parameter.shape))
@@ -67,7 +60,7 @@ def texts(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_gram_matrices_are_the_second_moments_of_what_each_layer_reads(examples, tied):
-    model = tiny_llama(tied)
+    model = uneven_llama(tied)
     found = gram_matrices(model, examples, silent)
     layers, head = model.model.layers, set() if tied else {"lm_head.weight"}
     linear = {f"{name}.weight" for name, module in model.named_modules() if "_proj" in name.rpartition(".")[2]}
@@ -108,7 +101,7 @@ def test_gram_matrices_are_the_second_moments_of_what_each_layer_reads(examples,
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_fisher_information_is_the_mean_of_squared_gradients_text_by_text(examples, tied):
-    model = tiny_llama(tied)
+    model = uneven_llama(tied)
     found = squared_gradients(model, examples, silent)
     wanted = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
     summed = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}

@@ -9,6 +9,7 @@ import pytest
 
 from merging_core.errors import CheckpointError
 from tasks.collect import collect, pin, pinned, unpin
+from tasks.judges.kept import REPLIES, KeptReplies
 from tasks.lineage import lineage_mermaid, lineage_text
 from tasks.store import MANIFEST, Ref, Store
 
@@ -138,6 +139,36 @@ def test_half_done_folders_go_unless_their_maker_runs(store, ended):
         _, leftovers, _ = ended(store, 30, delete=True)
     assert leftovers == [str(forgotten)]
     assert (forgotten.exists(), running.exists()) == (False, True)
+
+
+@pytest.fixture
+def replies(store):
+    """Files of two judges' replies: nobody added to the first for years."""
+    paths = [store.root / REPLIES / f"{name}.jsonl" for name in ("old", "new")]
+    for path in paths:
+        with KeptReplies(path) as kept:
+            kept.add("request", "reply")
+    os.utime(paths[0], (0, 0))
+    return paths
+
+
+def test_replies_of_judges_go_when_none_was_added_for_long(store, replies, ended):
+    old, new = replies
+    assert ended(store, 30, delete=False)[1] == [str(old)]
+    assert collect(store, 30, delete=False).num_bytes == old.stat().st_size
+    assert ended(store, 30, delete=True)[1] == [str(old)]
+    assert (old.exists(), new.exists()) == (False, True)
+    assert not list((store.root / ".removed").iterdir())
+    with KeptReplies(new) as kept:
+        assert kept["request"] == "reply"
+
+
+def test_replies_that_a_living_process_works_with_stay(store, replies, ended):
+    with KeptReplies(replies[0]) as kept:
+        assert ended(store, 30, delete=True, in_use=True)[1] == []
+        kept.add("other", "reply")
+    with KeptReplies(replies[0]) as kept:
+        assert "other" in kept
 
 
 def test_an_artifact_with_a_damaged_record_is_left_for_verify(store, old, ended):

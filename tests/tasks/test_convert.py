@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from merging_core.errors import CheckpointError, RecipeError
 from tasks.convert import convert, load_pickle
+from tests.tasks.tiny_models import tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +30,7 @@ class Bomb:
 
 def make(folder, dtype=torch.float32, tied=False):
     """A tiny Llama saved as pytorch_model.bin; returns its state dict."""
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config).to(dtype)
+    model = tiny_llama(tie_word_embeddings=tied).to(dtype)
     folder.mkdir()
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import tasks.evaluate
 from merging_core.errors import RecipeError
@@ -27,6 +27,7 @@ from tasks.sources import resolve
 from tasks.steps import Direct
 from tasks.store import Store
 from tasks.suite import load_suite
+from tests.tasks.tiny_models import tiny_llama
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real files lie in ../shared/data, which is absent")
@@ -46,23 +47,19 @@ def write_byte_llama(folder, chat_template=None, max_position=4096):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=chat_template
     )
     fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=max_position,
-        # Far from flat, so that greedy answers and likelihoods depend on the prompt.
-        initializer_range=0.4,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = tiny_llama(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=48,
+            num_key_value_heads=1,
+            max_position_embeddings=max_position,
+            # Far from flat, so that greedy answers and likelihoods depend on the prompt.
+            initializer_range=0.4,
+            **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+        )
+    model.save_pretrained(folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from tasks.report import (
     write_report,
 )
 from tasks.report.layers import decision_lines, interference_maps, locate
-from tasks.report.page import _figure_json
+from tasks.report.template import figure_json
 from tasks.report.trade_off import pair_front
 
 HOSTILE = '</script><b onclick="x()">&|`var(--ink)'
@@ -233,7 +233,7 @@ def test_hostile_names_do_not_end_a_script_and_are_no_markup_for_plotly(hostile)
 
 def test_figure_data_cannot_end_its_script_even_without_the_labels_escapes():
     figure = {"title": "</script><!--<script>"}
-    text = str(_figure_json(figure))
+    text = str(figure_json(figure))
     assert "<" not in text
     assert json.loads(text) == figure
 

@@ -1,0 +1,1 @@
+"""What runs where: deployments, work pools, automations. Data only; `tripoise deploy` reads it."""

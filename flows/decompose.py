@@ -1,0 +1,43 @@
+"""The flow ``decompose``: what merges by a recipe need of its experts, made ahead of them."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.pipeline import Kitchen, pin_recipe
+from flows.pools import gpu_slot
+from flows.shown import completed, show_lines
+from tasks.orchestration import TASK_RUNNER, AsPrefectTasks
+from tasks.recipes import RecipeModel
+from tasks.store import Store
+
+
+class Decompose(BaseModel):
+    """Make task vectors, statistics and calibrations, as far as a recipe's method needs them."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: RecipeModel = Field(title="Recipe", description="Base, experts and method; nothing is merged.")
+    device: str = Field(
+        default="cpu",
+        title="Device",
+        description="Torch device, or several that share the tensors, such as cuda:0,cuda:1.",
+        min_length=1,
+    )
+
+
+def _run_name() -> str:
+    recipe = Decompose.model_validate(flow_run.parameters["request"]).recipe
+    return f"decompose for {recipe.method.name} · {recipe.base.rpartition('/')[2]} · {len(recipe.experts)} experts"
+
+
+@flow(name="decompose", flow_run_name=_run_name, task_runner=TASK_RUNNER)
+def decompose(request: Decompose) -> dict[str, Any]:
+    """You get the task vectors of a recipe's experts in the store; merges by any scale, weight or subset reuse them."""
+    run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
+    base, experts = pin_recipe(recipe, run)
+    with gpu_slot():
+        made = Kitchen(run, base, experts, request.device, recipe.tokenizer).prepare(recipe)
+    show_lines("made", f"{len(made)} artifacts", [f"{ref.kind}/{ref.digest}" for ref in made])
+    return completed(num_made=len(made), made=[f"{ref.kind}/{ref.digest}" for ref in made])

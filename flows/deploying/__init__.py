@@ -1,0 +1,1 @@
+"""Deploying: what `deployments/` declares becomes what a Prefect server has, and nothing else stays."""

@@ -1,0 +1,43 @@
+"""The flow ``merge``: one recipe, merged."""
+
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.pipeline import Kitchen, pin_recipe
+from flows.pools import gpu_slot
+from flows.shown import completed, show_model
+from tasks.orchestration import TASK_RUNNER, AsPrefectTasks
+from tasks.recipes import RecipeModel
+from tasks.store import Store
+
+
+class Merge(BaseModel):
+    """Merge experts by one recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
+    device: str = Field(
+        default="cpu",
+        title="Device",
+        description="Torch device, or several that share the tensors, such as cuda:0,cuda:1.",
+        min_length=1,
+    )
+
+
+def _run_name() -> str:
+    recipe = Merge.model_validate(flow_run.parameters["request"]).recipe
+    return f"{recipe.method.name} · {recipe.base.rpartition('/')[2]} · {len(recipe.experts)} experts"
+
+
+@flow(name="merge", flow_run_name=_run_name, task_runner=TASK_RUNNER)
+def merge(request: Merge) -> dict[str, Any]:
+    """You get a merged model, as an artifact of the store."""
+    run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
+    base, experts = pin_recipe(recipe, run)
+    with gpu_slot():
+        merged = Kitchen(run, base, experts, request.device, recipe.tokenizer).merge(recipe)
+    show_model(merged, run.store)
+    return completed(merged=f"{merged.kind}/{merged.digest}")

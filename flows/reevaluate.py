@@ -1,0 +1,99 @@
+"""The flow ``reevaluate``: what is new in watched sources is scored, compared with what is accepted, and told."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterDeploymentId,
+    FlowRunFilterExpectedStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.events import emit_event
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled, Completed
+
+from flows.pools import runner
+from flows.watch_parameters import Watch
+from flows.watching import look_again, summarized
+from tasks.orchestration import TASK_RUNNER
+from tasks.store import Store
+from tasks.watch.looks import Event, Findings
+
+
+def _run_name() -> str:
+    watch = Watch.model_validate(flow_run.parameters["watch"])
+    return f"{watch.name} · {', '.join(one.name for one in watch.sources)}"
+
+
+@flow(name="reevaluate", flow_run_name=_run_name, task_runner=TASK_RUNNER)
+def reevaluate(watch: Watch) -> Any:
+    """You get the scores of every checkpoint that is new, events where they rose or fell, and a page of the trend.
+
+    Ends as Completed; under the name ``Warnings`` where a source could not be looked at or a checkpoint not be scored,
+    and as Failed where no source could. Runs that were due before this one started are cancelled: it stands for them.
+    """
+    covered = _stand_for_due_runs()
+    run = runner(Store.default())
+    report, found = look_again(watch, run, _emit)
+    page = run.store.folder(report) / "trend.html"
+    create_markdown_artifact(key="trend", markdown=_markdown(watch, found, page.as_uri()), description=watch.name)
+    summary = {"report": f"{report.kind}/{report.digest}", "covered": covered} | summarized(found)
+    summary |= {"made": run.num_made, "reused": run.num_reused}
+    for warning in found.warnings:
+        get_run_logger().warning("%s", warning)
+    if found.warnings:
+        return Completed(name="Warnings", message=" ".join(found.warnings), data=summary)
+    return summary
+
+
+def _emit(event: Event) -> None:
+    """Tell the Prefect server; automations act on it."""
+    resource = {
+        "prefect.resource.id": f"tripoise.model.{event.model}",
+        "prefect.resource.name": event.model,
+        "tripoise.watch": event.payload["watch"],
+    }
+    if dimension := event.payload.get("dimension"):
+        resource["tripoise.dimension"] = dimension
+    emit_event(event=event.name, resource=resource, payload=event.payload, id=event.id)
+
+
+def _stand_for_due_runs() -> int:
+    """Cancel the runs of this deployment that were due before now and still wait, if they ask for the same.
+
+    After an outage, or behind a long run, many wait; this one looks at the sources later than they were to.
+    """
+    if not deployment.id:
+        return 0
+    waiting = FlowRunFilter(
+        deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+    )
+    with get_client(sync_client=True) as client:
+        own = client.read_flow_run(flow_run.id)
+        others = [one for one in client.read_flow_runs(flow_run_filter=waiting) if one.parameters == own.parameters]
+        for other in others:
+            message = f"Run {own.name!r} started later than this one was due, and looks at the same sources."
+            client.set_flow_run_state(other.id, Cancelled(message=message))
+    return len(others)
+
+
+def _markdown(watch: Watch, found: Findings, page: str) -> str:
+    rows = [
+        f"| {one.watched} | {one.place} | {one.verdict}{', accepted' if one.accepted else ''} | "
+        + " | ".join(f"{score['value']:.3f} ± {score['stderr']:.3f}" for score in one.scores.values())
+        + " |"
+        for one in found.recorded
+        if one.scores
+    ]
+    table = ["| source | checkpoint | verdict | helpful | honest | harmless | mean |", "| --- " * 7 + "|", *rows]
+    left = [f"- {one['watched']}, {one['place']}: left, incomplete: {one['why']}" for one in found.left]
+    lines = [f"# {watch.name}", "", *(table if rows else ["Nothing new."]), "", *left]
+    return "\n".join([*lines, *(f"- {one}" for one in found.warnings), "", f"Trend: [{page}]({page})"])
