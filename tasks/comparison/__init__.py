@@ -5,6 +5,7 @@ sample from the comparison: two models with wide, overlapping standard errors ca
 
 - ``records.py``: what goes in and what comes out
 - ``statistics.py``: means, standard errors, the paired bootstrap
+- ``families.py``: which models are compared, and who stands for each role
 - ``table.py``: ``compare``, from samples to rows
 - ``ranks.py``: which methods share a rank
 - ``notes.py``: what the numbers say, in sentences

@@ -1,13 +1,12 @@
 """From the samples of many models to the rows of one comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from statistics import fmean
 
 import numpy as np
 
-from merging_core.errors import RecipeError
-from tasks.comparison.notes import Chosen, write_notes
+from tasks.comparison.families import Members, by_seed, choose, mean_validation, require_comparable
+from tasks.comparison.notes import write_notes
 from tasks.comparison.ranks import shared_ranks
 from tasks.comparison.records import (
     DIMENSIONS,
@@ -17,7 +16,6 @@ from tasks.comparison.records import (
     Difference,
     ModelSamples,
     Row,
-    Split,
 )
 from tasks.comparison.significance import holm, hypervolume
 from tasks.comparison.statistics import (
@@ -31,9 +29,6 @@ from tasks.comparison.statistics import (
     resample_scores,
     score_model,
 )
-
-# For each name, its models in the order of the seeds.
-Members = Sequence[Sequence[ModelSamples]]
 
 
 def compare(
@@ -77,8 +72,8 @@ def compare(
         Deviation: resampling is stratified by benchmark.
     """
     benchmarks = sorted(benchmarks, key=lambda b: b.task)
-    families = _by_seed(models)
-    _check(families, benchmarks)
+    families = by_seed(models)
+    require_comparable(families, benchmarks)
     seeds = sorted(families)
     aligned = {own_seed: [align(families[own_seed], benchmark) for benchmark in benchmarks] for own_seed in seeds}
     values = [[samples for samples, _ in aligned[own_seed]] for own_seed in seeds]
@@ -88,7 +83,7 @@ def compare(
         mean_over_seeds([score_model(benchmarks, [samples[i] for samples in own]) for own in values])
         for i in range(len(names))
     ]
-    chosen = _choose(members, scores)
+    chosen = choose(members, scores)
     references = [j for j in (chosen.base, chosen.expert, chosen.tsvm) if j is not None]
     pairs = [(i, j) for j in references for i in range(len(names))]
     pairs += [pair for pair in chosen.contests if pair not in pairs]
@@ -134,65 +129,6 @@ def compare(
         left_out=left_out,
         notes=write_notes(rows, chosen, contests, seeds, left_out),
     )
-
-
-def _by_seed(models: Sequence[ModelSamples]) -> dict[int, list[ModelSamples]]:
-    """Seed to its models, in the order of their names."""
-    found: dict[int, list[ModelSamples]] = {}
-    for model in sorted(models, key=lambda m: m.name):
-        found.setdefault(model.seed, []).append(model)
-    return found
-
-
-def _check(families: Mapping[int, Sequence[ModelSamples]], benchmarks: Sequence[Benchmark]) -> None:
-    """Refuse a suite, or a set of models, that cannot be compared."""
-    if not families:
-        raise RecipeError("comparison: at least one model is needed, got none. Name a base, an expert or a merge.")
-    listed = [("model", [m.name for m in models]) for models in families.values()]
-    for what, names in (*listed, ("benchmark", [b.task for b in benchmarks])):
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise RecipeError(f"comparison: each {what} may appear once, got {twice} repeatedly. Rename or drop one.")
-    if empty := [d for d in DIMENSIONS if d not in {b.dimension for b in benchmarks}]:
-        raise RecipeError(
-            f"comparison: every dimension needs a benchmark, got none for {', '.join(empty)}. Add one to the suite."
-        )
-    every = {(model.name, model.role) for models in families.values() for model in models}
-    for seed, models in families.items():
-        if len(bases := [m.name for m in models if m.role == "base"]) > 1:
-            raise RecipeError(f"comparison: at most one base is expected, got {bases}. Compare one family at a time.")
-        if lost := sorted(every - {(model.name, model.role) for model in models}):
-            raise RecipeError(
-                f"comparison: seed {seed} has no {lost[0][1]} {lost[0][0]!r}, which another seed has. "
-                "Score the same models in every seed."
-            )
-
-
-def _choose(members: Members, scores: Sequence[ModelScores]) -> Chosen:
-    """Find the base and the best of each other role: by validation mean where all of a role have one, else by test."""
-    best: dict[str, int | None] = {}
-    split: dict[str, Split] = {}
-    for role in ("expert", "mixture", "merged", "tsvm"):
-        group = [
-            i for i, own in enumerate(members) if role in (own[0].role, own[0].role == "merged" and _method(own[0]))
-        ]
-        validations = {i: _validation(members[i]) for i in group}
-        validated = all("mean" in found for found in validations.values())
-        means = {i: validations[i]["mean"] if validated else scores[i].mean.value for i in group}
-        best[role] = max(group, key=means.__getitem__, default=None)
-        split[role] = "validation" if validated else "test"
-    base = next((i for i, own in enumerate(members) if own[0].role == "base"), None)
-    return Chosen(base=base, **best, split=split)
-
-
-def _method(model: ModelSamples) -> str | None:
-    name = model.settings.get("method")
-    return name if isinstance(name, str) else None
-
-
-def _validation(models: Sequence[ModelSamples]) -> dict[str, float]:
-    """Mean over the seeds of what every seed has."""
-    shared = [key for key in models[0].validation if all(key in model.validation for model in models)]
-    return {key: fmean(model.validation[key] for model in models) for key in shared}
 
 
 def _correct(differences: Differences, methods: Sequence[int], references: Sequence[int]) -> None:
@@ -256,7 +192,7 @@ def _row(
         specialty=model.specialty,
         digests=tuple(own.digest for own in models),
         settings=model.settings,
-        validation=_validation(models),
+        validation=mean_validation(models),
         benchmarks=scores.benchmarks,
         dimensions=scores.dimensions,
         mean=scores.mean,

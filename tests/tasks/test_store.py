@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import distributions
 
 import pytest
 
@@ -109,7 +110,10 @@ def test_the_manifest_says_what_made_it(store):
     assert manifest.identity == IDENTITY
     assert manifest.details == {"recipe": "r"}
     assert manifest.files["f"]["size"] == 1
-    assert {"python", "torch"} <= set(manifest.versions)
+    installed = {one.metadata["Name"]: one.version for one in distributions()}
+    for name in ("torch", "transformers", "trl", "peft", "datasketch", "optuna"):
+        assert manifest.versions.get(name) == installed.get(name)
+    assert "python" in manifest.versions
 
 
 def test_files_in_place_are_made_again_when_they_change(store, tmp_path):
