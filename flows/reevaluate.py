@@ -1,7 +1,7 @@
 """The flow ``reevaluate``: what is new in watched sources is scored, compared with what is accepted, and told."""
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
@@ -25,6 +25,8 @@ from tasks.orchestration import TASK_RUNNER
 from tasks.store import Store
 from tasks.watch.looks import Event, Findings
 
+_MODEL: Final = "tripoise.model."
+
 
 def _run_name() -> str:
     watch = Watch.model_validate(flow_run.parameters["watch"])
@@ -32,15 +34,20 @@ def _run_name() -> str:
 
 
 @flow(name="reevaluate", flow_run_name=_run_name, task_runner=TASK_RUNNER)
-def reevaluate(watch: Watch) -> Any:
+def reevaluate(watch: Watch, published: str = "") -> Any:
     """You get the scores of every checkpoint that is new, events where they rose or fell, and a page of the trend.
 
     Ends as Completed; under the name ``Warnings`` where a source could not be looked at or a checkpoint not be scored,
     and as Failed where no source could. Runs that were due before this one started are cancelled: it stands for them.
+
+    Args:
+        watch: What is watched, and how models are evaluated.
+        published: Name of a source of which somebody says that all has arrived, so that nothing of it needs to settle;
+            or the resource id of such an event, tripoise.model.NAME.
     """
     covered = _stand_for_due_runs()
     run = runner(Store.default())
-    report, found = look_again(watch, run, _emit)
+    report, found = look_again(watch, run, _emit, published.removeprefix(_MODEL))
     page = run.store.folder(report) / "trend.html"
     create_markdown_artifact(key="trend", markdown=_markdown(watch, found, page.as_uri()), description=watch.name)
     summary = {"report": f"{report.kind}/{report.digest}", "covered": covered} | summarized(found)
@@ -55,7 +62,7 @@ def reevaluate(watch: Watch) -> Any:
 def _emit(event: Event) -> None:
     """Tell the Prefect server; automations act on it."""
     resource = {
-        "prefect.resource.id": f"tripoise.model.{event.model}",
+        "prefect.resource.id": f"{_MODEL}{event.model}",
         "prefect.resource.name": event.model,
         "tripoise.watch": event.payload["watch"],
     }
@@ -65,7 +72,7 @@ def _emit(event: Event) -> None:
 
 
 def _stand_for_due_runs() -> int:
-    """Cancel the runs of this deployment that were due before now and still wait, if they ask for the same.
+    """Cancel the runs of this deployment that were due before now and still wait, if they ask for no more.
 
     After an outage, or behind a long run, many wait; this one looks at the sources later than they were to.
     """
@@ -78,7 +85,12 @@ def _stand_for_due_runs() -> int:
     )
     with get_client(sync_client=True) as client:
         own = client.read_flow_run(flow_run.id)
-        others = [one for one in client.read_flow_runs(flow_run_filter=waiting) if one.parameters == own.parameters]
+        others = [
+            one
+            for one in client.read_flow_runs(flow_run_filter=waiting)
+            if one.parameters["watch"] == own.parameters["watch"]
+            and one.parameters.get("published", "") in ("", own.parameters.get("published", ""))
+        ]
         for other in others:
             message = f"Run {own.name!r} started later than this one was due, and looks at the same sources."
             client.set_flow_run_state(other.id, Cancelled(message=message))

@@ -80,9 +80,9 @@ class Watch(Evaluation):
             raise ValueError("second_judges: a watch does not ask them; leave them out")
         return self
 
-    def watched(self) -> list[Watched]:
-        """The sources, as a look takes them."""
-        return [Watched(one.name, one.source) for one in self.sources]
+    def watched(self, published: str = "") -> list[Watched]:
+        """The sources, as a look takes them; of the one that is called ``published`` nothing needs to settle."""
+        return [Watched(one.name, one.source, one.name == published) for one in self.sources]
 
     def terms(self) -> Terms:
         """What counts as settled, as worse and as acceptable."""

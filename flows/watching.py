@@ -13,10 +13,16 @@ from tasks.watch.state import remembered, save
 from tasks.watch.trend import trend_step
 
 
-def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None]) -> tuple[Ref, Findings]:
+def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None], published: str = "") -> tuple[Ref, Findings]:
     """Look at all sources once; gives the trend and what was found.
 
     Looks of one watch take turns on one machine: of two at the same time the second finds nothing new.
+
+    Args:
+        watch: what is watched, and how models are evaluated.
+        run: runs the steps.
+        tell: is called with every event.
+        published: name of a source of which somebody says that all has arrived.
 
     Raises:
         RecipeError: if the suite cannot be run, or what shall be approved was never scored.
@@ -28,8 +34,9 @@ def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None]) -> tupl
         for digest in watch.approve:
             state.approve(digest, run.store)
         save(state, run.store)
-        found = look_around(watch.watched(), watch.terms(), laboratory, state, tell)
-        step = trend_step(watch.name, exam.suite.name, watch.watched(), watch.terms(), found, state, run.store)
+        sources = watch.watched(published)
+        found = look_around(sources, watch.terms(), laboratory, state, tell)
+        step = trend_step(watch.name, exam.suite.name, sources, watch.terms(), found, state, run.store)
         [report] = run.build("report", step.title, [step])
     return report, found
 

@@ -37,6 +37,12 @@ AnyExpert = Annotated[Expert, BeforeValidator(_no_booleans)]
 Source = Annotated[str, Field(min_length=1)]
 
 
+def _default_first(schema: dict[str, Any]) -> None:
+    """A form opens with the first choice: let it be what is meant where nothing is said."""
+    first = schema["discriminator"]["mapping"][RTsvm().name]
+    schema["oneOf"].sort(key=lambda choice: bool(choice["$ref"] != first))
+
+
 class RecipeModel(BaseModel):
     """A recipe at the boundary: what a recipe file, the run form and the API may say."""
 
@@ -52,8 +58,7 @@ class RecipeModel(BaseModel):
         default_factory=RTsvm,
         title="Merging method",
         description="How the experts are merged; each has settings.",
-        # A form starts with what is meant where nothing is said.
-        json_schema_extra={"default": {"name": RTsvm().name}},
+        json_schema_extra=_default_first,
     )
     compute_dtype: ComputeDtype = Field(
         default="float32",

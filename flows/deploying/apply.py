@@ -157,7 +157,9 @@ def _apply_automations(automations: list[AutomationCore], client: SyncPrefectCli
         if (there := ours.pop(one.name, None)) is None:
             client.create_automation(tagged)
         else:
-            client.update_automation(there.id, tagged)
+            # An update may not name the owner, and what counts as unset would not be sent: the type of an action.
+            rest = AutomationCore.model_validate(tagged.model_dump(exclude={"owner_resource"}))
+            client.update_automation(there.id, rest)
         done.append(f"automation {one.name}")
     for name, old in ours.items():
         client.delete_automation(old.id)

@@ -31,6 +31,8 @@ class Watched:
 
     name: str
     source: str
+    published: bool = False
+    """Somebody says that all of it has arrived: nothing needs to settle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,8 @@ class _Visit:
         save(self.state, self.laboratory.store)
 
     def _unfinished(self, place: Place) -> str:
-        if place.changed is not None and (age := time.time() - place.changed) < self.terms.settle_s:
+        needs_to_settle = place.changed is not None and not self.watched.published
+        if needs_to_settle and (age := time.time() - (place.changed or 0.0)) < self.terms.settle_s:
             return f"written to {max(age, 0):.0f} s ago, less than {self.terms.settle_s:g} s"
         return place.lacks()
 
