@@ -12,14 +12,15 @@ READERS = ("event-persister", "reactive-triggers", "task-run-recorder")
 STREAM = "events"
 
 seconds = float(sys.argv[1])
+silent = []
 with redis.Redis.from_url(os.environ["PREFECT_REDIS_MESSAGING_URL"], decode_responses=True) as queue:
     groups = {group["name"]: group for group in queue.xinfo_groups(STREAM)} if queue.exists(STREAM) else {}
-    silent = [
-        reader
-        for reader in READERS
-        if reader not in groups
-        or (groups[reader]["lag"] != 0 or groups[reader]["pending"])
-        and all(one["idle"] > 1000 * seconds for one in queue.xinfo_consumers(STREAM, reader))
-    ]
+    for reader in READERS:
+        if group := groups.get(reader):
+            is_behind = group["lag"] != 0 or group["pending"] > 0
+            idle_ms = min((one["idle"] for one in queue.xinfo_consumers(STREAM, reader)), default=float("inf"))
+            if not is_behind or idle_ms <= 1000 * seconds:
+                continue
+        silent.append(reader)
 if silent:
     sys.exit(f"silent for {seconds:g} s: {', '.join(silent)}")

@@ -22,6 +22,7 @@ from tasks.names import nearest
 _FINAL: Final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _POLL_SECONDS: Final = 2.0
 _TIMEOUT_SECONDS: Final = 60.0
+_PAUSES_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +149,17 @@ class Client:
             raise RecipeError(f"decision {decision!r}: refused: {answer['details'].get('reason')}")
 
     def _call(self, verb: str, place: str, body: Any = None) -> Any:
-        try:
-            answer = self._http.request(verb, place, json=body)
-        except httpx.TransportError as error:
-            raise CheckpointError(
-                f"{self._http.base_url}: no answer ({error}). Start the server, or correct PREFECT_API_URL."
-            ) from error
+        for pause in (*_PAUSES_SECONDS, None):
+            try:
+                answer = self._http.request(verb, place, json=body)
+            except httpx.TransportError as error:
+                raise CheckpointError(
+                    f"{self._http.base_url}: no answer ({error}). Start the server, or correct PREFECT_API_URL."
+                ) from error
+            # Prefect answers so when two writers met in its database; nothing was done.
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or pause is None:
+                break
+            time.sleep(pause)
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise CheckpointError(f"{self._http.base_url}: refused. Set PREFECT_API_AUTH_STRING=user:password.")
         if answer.status_code in (httpx.codes.CONFLICT, httpx.codes.UNPROCESSABLE_ENTITY, httpx.codes.NOT_FOUND):

@@ -6,13 +6,7 @@ from typing import Any, Final
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.events import emit_event
 from prefect.runtime import deployment, flow_run
@@ -78,10 +72,12 @@ def _stand_for_due_runs() -> int:
     """
     if not deployment.id:
         return 0
-    waiting = FlowRunFilter(
-        deployment_id=FlowRunFilterDeploymentId(any_=[deployment.id]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-        expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
+    waiting = FlowRunFilter.model_validate(
+        {
+            "deployment_id": {"any_": [deployment.id]},
+            "state": {"type": {"any_": [StateType.SCHEDULED]}},
+            "expected_start_time": {"before_": datetime.now(UTC)},
+        }
     )
     with get_client(sync_client=True) as client:
         own = client.read_flow_run(flow_run.id)

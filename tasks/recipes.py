@@ -32,15 +32,29 @@ _NUMBERS = {
     field.name for shape in (*METHODS.values(), Expert) for field in fields(shape) if "float" in str(field.type)
 } | {"seed"}
 
-AnyMethod = Annotated[Method, Field(discriminator="name"), BeforeValidator(_no_booleans)]
-AnyExpert = Annotated[Expert, BeforeValidator(_no_booleans)]
-Source = Annotated[str, Field(min_length=1)]
-
 
 def _default_first(schema: dict[str, Any]) -> None:
-    """A form opens with the first choice: let it be what is meant where nothing is said."""
-    first = schema["discriminator"]["mapping"][RTsvm().name]
-    schema["oneOf"].sort(key=lambda choice: bool(choice["$ref"] != first))
+    """Let forms open with what is meant where nothing is said.
+
+    Prefect's form shows the first choice, and on a change to another one keeps the entries of the first: so it is a
+    choice without settings.
+    """
+    name = {"const": RTsvm().name, "default": RTsvm().name, "title": "Name", "description": "Which method."}
+    default = {
+        "title": "default",
+        "description": "R-TSVM as it comes. Another choice brings its own settings.",
+        "type": "object",
+        "properties": {"name": name},
+        "additionalProperties": False,
+    }
+    schema["anyOf"] = [default, *schema.pop("oneOf")]
+
+
+AnyMethod = Annotated[
+    Method, Field(discriminator="name", json_schema_extra=_default_first), BeforeValidator(_no_booleans)
+]
+AnyExpert = Annotated[Expert, BeforeValidator(_no_booleans)]
+Source = Annotated[str, Field(min_length=1)]
 
 
 class RecipeModel(BaseModel):
@@ -58,7 +72,6 @@ class RecipeModel(BaseModel):
         default_factory=RTsvm,
         title="Merging method",
         description="How the experts are merged; each has settings.",
-        json_schema_extra=_default_first,
     )
     compute_dtype: ComputeDtype = Field(
         default="float32",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
@@ -144,13 +145,17 @@ class Suite:
         )
 
     def _documents_digest(self, benchmark: Benchmark, split: Split) -> str | None:
-        if self.world is None:
-            return None
-        from tasks.mini3h.data import documents
-        from tasks.mini3h.world import World
+        return _world_digest(self.world_seed, benchmark.task, split) if self.world else None
 
-        skill: Any = benchmark.task.removeprefix("mini3h_")
-        return digest_of([asdict(one) for one in documents(World(self.world_seed), skill, split)])
+
+@cache
+def _world_digest(seed: int, task: str, split: Split) -> str:
+    """Identity of the generated documents of one task; asked again for every model of a run."""
+    from tasks.mini3h.data import documents
+    from tasks.mini3h.world import World
+
+    skill: Any = task.removeprefix("mini3h_")
+    return digest_of([asdict(one) for one in documents(World(seed), skill, split)])
 
 
 def _name(path: Path) -> str:

@@ -52,6 +52,8 @@ def set_at(parameters: dict[str, Any], text: str) -> None:
 
     path, equals, value = text.partition("=")
     *steps, last = path.split(".")
+    if not equals or not last:
+        raise RecipeError(f"--param {text}: expected path=value, such as request.limit=8.")
     try:
         new = yaml.safe_load(value)
         place: Any = parameters
@@ -60,5 +62,3 @@ def set_at(parameters: dict[str, Any], text: str) -> None:
         place[int(last) if isinstance(place, list) else last] = new
     except (ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
         raise RecipeError(f"--param {text}: cannot be set ({' '.join(str(error).split())}).") from error
-    if not equals or not last:
-        raise RecipeError(f"--param {text}: expected path=value, such as request.limit=8.")

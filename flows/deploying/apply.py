@@ -17,6 +17,7 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 
+from flows.deploying.alerts import alert_automations
 from flows.deploying.declared import TAG, Declared, Deployment, Pool
 from merging_core.errors import CheckpointError, RecipeError
 
@@ -62,6 +63,10 @@ def apply(declared: Declared, client: SyncPrefectClient, gpus: int | None = None
     done = [_apply_pool(pool, client) for pool in declared.pools]
     done.append(_apply_slots(gpus, client))
     automations = list(declared.automations)
+    if declared.alerts:
+        told, line = alert_automations(declared.alerts, client)
+        automations += told
+        done.append(line)
     kept = set[UUID]()
     for one in declared.deployments:
         place = _apply_deployment(one, client)

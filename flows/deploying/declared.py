@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, Self, get_args
 
 from prefect.client.schemas.objects import ConcurrencyOptions
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events.schemas.automations import AutomationCore
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from merging_core.errors import RecipeError
 from tasks.names import check_names, nearest
@@ -36,6 +36,11 @@ class _Schedule(BaseModel):
     active: bool = True
     slug: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.schedule()
+        return self
 
     def schedule(self) -> CronSchedule | IntervalSchedule:
         """As Prefect has it."""
@@ -90,6 +95,24 @@ class _AutomationsFile(BaseModel):
     automations: list[AutomationCore] = Field(default_factory=list)
 
 
+class _Alert(BaseModel):
+    model_config = _STRICT
+    name: str = Field(min_length=1)
+    expect: set[str] = Field(min_length=1)
+    """Names of events."""
+    subject: str
+    body: str
+
+
+class Alerts(BaseModel):
+    """What ``alerts.yaml`` says: who is told of what."""
+
+    model_config = _STRICT
+    block: str
+    """Name of the notification blocks by which they are told."""
+    alerts: list[_Alert] = Field(default_factory=list)
+
+
 @dataclass(frozen=True, slots=True)
 class Pool:
     """A work pool and the template of its jobs."""
@@ -106,10 +129,11 @@ class Declared:
     deployments: list[Deployment]
     automations: list[AutomationCore]
     pools: list[Pool]
+    alerts: Alerts | None = None
 
 
 def read_declared(folder: Path, profile: str) -> Declared:
-    """Read a folder like ``deployments/``: prefect.yaml, automations.yaml and pools/.
+    """Read a folder like ``deployments/``: prefect.yaml, automations.yaml, pools/ and perhaps alerts.yaml.
 
     Raises:
         RecipeError: naming file and entry, what was expected and, for a misspelt name, the nearest right one.
@@ -126,7 +150,8 @@ def read_declared(folder: Path, profile: str) -> Declared:
         check_names(f"prefect.yaml: deployment {one.name}: work pool", {one.work_pool.name: None}, POOLS)
     pools = [Pool(name, _TYPES[profile], _template(folder, _TYPES[profile], kind)) for name, kind in POOLS.items()]
     automations: _AutomationsFile = _read(_AutomationsFile, folder / "automations.yaml")
-    return Declared(file.deployments, automations.automations, pools)
+    alerts = _read(Alerts, folder / "alerts.yaml") if (folder / "alerts.yaml").exists() else None
+    return Declared(file.deployments, automations.automations, pools, alerts)
 
 
 def _read(shape: type[BaseModel], path: Path) -> Any:

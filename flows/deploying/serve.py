@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import httpx
+import psutil
 
 from merging_core.errors import CheckpointError, MergeError, RecipeError
 
@@ -65,10 +66,11 @@ class Installation:
     def stop(self) -> None:
         """End the workers with their runs, put those back into the queue, and end the server."""
         server, workers = self.children[:1], self.children[1:]
+        pids = {str(one.pid) for _, child in workers for one in _descendants(child)}
         _end(workers)
-        if workers and all(child.poll() is None for _, child in server):
+        if pids and all(child.poll() is None for _, child in server):
             with contextlib.suppress(MergeError):
-                put_back(socket.gethostname())
+                put_back(pids)
         _end(server)
 
 
@@ -95,8 +97,11 @@ def installation(host: str, port: int) -> Iterator[Installation]:
         found.stop()
 
 
-def put_back(host: str) -> None:
-    """Let every run whose process was on a machine start again when a worker comes back; the store has what it made.
+def put_back(pids: Container[str]) -> None:
+    """Let runs whose processes are gone start again when a worker comes back; the store has what they made.
+
+    Args:
+        pids: process ids, as the workers reported them.
 
     Raises:
         RecipeError, CheckpointError: see :func:`flows.deploying.apply.server`.
@@ -112,7 +117,7 @@ def put_back(host: str) -> None:
     state: State[Any] = AwaitingRetry(message="Its worker was stopped.")
     with server() as client:
         for run in client.read_flow_runs(flow_run_filter=asked):
-            if (run.infrastructure_pid or "").partition(":")[0] == host:
+            if run.infrastructure_pid in pids:
                 client.set_flow_run_state(run.id, state, force=True)
 
 
@@ -152,6 +157,13 @@ def _environment(host: str, port: int) -> dict[str, str]:
     if password:
         defaults["PREFECT_API_AUTH_STRING"] = password
     return defaults | dict(os.environ) | ours
+
+
+def _descendants(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = psutil.Process(child.pid).children(recursive=True)
+    return found
 
 
 def _end(children: Sequence[tuple[str, subprocess.Popen[bytes]]]) -> None:

@@ -295,7 +295,7 @@ def measure_of(scores: Sequence[Ref], store: Store) -> str:
 
 def _verdict(changed: dict[str, Change]) -> Verdict:
     outcomes = {changed[dimension].outcome for dimension in DIMENSIONS}
-    return next((one for one in ("regressed", "improved") if one in outcomes), "unchanged")  # type: ignore[return-value]
+    return next((one for one in ("regressed", "improved") if one in outcomes), "unchanged")
 
 
 def _event(name: str, model: str, payload: dict[str, Any], watch: str, key: str) -> Event:

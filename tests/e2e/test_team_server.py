@@ -5,8 +5,6 @@ containers, so that to kill a container means to kill a process and everything i
 of it waiting for Prefect to notice that a run has gone silent.
 """
 
-import base64
-import json
 import os
 import re
 import shutil
@@ -17,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 from socket import socket
 from uuid import uuid4
@@ -26,6 +23,8 @@ import httpx
 import psutil
 import pytest
 import yaml
+
+from tasks.store import Store
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -66,12 +65,30 @@ def kill(process):
     process.wait(30)
 
 
+def stop(process):
+    """Ask a process to end; what does not is killed, and so is what it leaves behind."""
+    if process.poll() is not None:
+        return
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        process.wait(15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(15)
+    for one in below:
+        if one.is_running():
+            one.kill()
+
+
 class Team:
     """The services of the compose file, by name."""
 
     def __init__(self, folder):
         self.folder, self.secrets, self.store = folder, folder / "secrets", folder / "store"
-        self.ports = {name: self._free_port() for name in ("postgres", "redis", "proxy", "api-1", "api-2", "cpu-1", "cpu-2")}
+        self.ports = {
+            name: self._free_port() for name in ("postgres", "redis", "proxy", "api-1", "api-2", "cpu-1", "cpu-2")
+        }
         self.url = f"https://127.0.0.1:{self.ports['proxy']}/api"
         self.running = {}
         subprocess.run([DOCKER / "make-secrets", self.secrets, "127.0.0.1"], check=True)
@@ -86,7 +103,7 @@ class Team:
         return (self.folder / f"{name}.log").read_text()
 
     def environment(self, service, **more):
-        """The settings of a service of the compose file; its secrets lie in a folder, as files of their target names."""
+        """The settings of a service; its secrets lie in a folder, as files of their target names."""
         settings = COMPOSE["services"][service]["environment"]
         folder = self.folder / "mounted" / service
         if not folder.exists():
@@ -109,17 +126,21 @@ class Team:
         }
         home = self.folder / "homes" / "-".join([service, *more.values()])
         home.mkdir(parents=True, exist_ok=True)
-        return plain | more | {
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "HOME": str(home),
-            "PREFECT_HOME": str(home),
-            "SECRETS_FOLDER": str(folder),
-            "TRIPOISE_STORE": str(self.store),
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        return (
+            plain
+            | more
+            | {
+                "PATH": f"{BIN}:{os.environ['PATH']}",
+                "HOME": str(home),
+                "PREFECT_HOME": str(home),
+                "SECRETS_FOLDER": str(folder),
+                "TRIPOISE_STORE": str(self.store),
+                "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_S),
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
 
     def command(self, service):
         """The command of a service, with Prefect's secrets."""
@@ -166,7 +187,13 @@ class Team:
         self.start("postgres", [*become, POSTGRES / "postgres", "-D", home / "data", "-p", port, *listen])
         ask = [POSTGRES / "pg_isready", "-h", "127.0.0.1", "-p", port, "-U", user]
         wait_for("PostgreSQL", lambda: subprocess.run(ask, stdout=subprocess.DEVNULL).returncode == 0)
-        subprocess.run([POSTGRES / "createdb", "-h", home, "-p", port, "-U", user, settings["POSTGRES_DB"]], check=True)
+        self.ask_postgres("createdb", settings["POSTGRES_DB"])
+
+    def ask_postgres(self, program, *arguments, **streams):
+        """Run one of its programs; through its socket, as one within its container would."""
+        user = COMPOSE["services"]["postgres"]["environment"]["POSTGRES_USER"]
+        where = ["--host", self.folder / "postgres", "--port", str(self.ports["postgres"]), "--username", user]
+        subprocess.run([POSTGRES / program, *where, *arguments], check=True, **streams)
 
     def start_redis(self):
         program, config, *options = COMPOSE["services"]["redis"]["command"]
@@ -225,20 +252,6 @@ class Team:
     def trust(self):
         return ssl.create_default_context(cafile=self.secrets / "tls_authority.crt")
 
-    def stop_all(self):
-        for process in reversed(self.running.values()):
-            if process.poll() is None:
-                below = psutil.Process(process.pid).children(recursive=True)
-                process.terminate()
-                try:
-                    process.wait(15)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait(15)
-                for one in below:
-                    if one.is_running():
-                        one.kill()
-
 
 class Api:
     """The REST API behind the proxy, as a program of one's own would use it: password, then a token for writing."""
@@ -266,7 +279,8 @@ def team():
         team.start_all()
         yield team
     finally:
-        team.stop_all()
+        for process in reversed(team.running.values()):
+            stop(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -316,7 +330,10 @@ def deploy(team):
     assert found == 1
     automations.write_text(text)
     subprocess.run(
-        [*team.command("deploy"), "--from", folder], env=team.environment("deploy"), check=True, stdout=subprocess.DEVNULL
+        [*team.command("deploy"), "--from", folder],
+        env=team.environment("deploy"),
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
 
 
@@ -328,9 +345,9 @@ def bench():
         "title": "A small comparison",
         "base": source("base"),
         "experts": [{"name": role, "source": source(role)} for role in ("helpful", "honest", "harmless")],
-        "methods": [{"name": "linear"}, {"name": "task_arithmetic"}, {"name": "tsvm"}, {"name": "r_tsvm"}],
+        "methods": [{"name": "linear"}, {"name": "task_arithmetic"}, {"name": "tsvm"}],
         "scales": [0.5, 1.0, 1.5],
-        "limit": 16,
+        "limit": 8,
     }
 
 
@@ -347,12 +364,6 @@ def artifacts(team):
 
 def num_merged(team):
     return sum(name.startswith("merged/") for name in artifacts(team))
-
-
-def made(team, *workers):
-    """How often the logs of workers say that an artifact was made."""
-    text = "".join(team.log(worker) for worker in workers)
-    return Counter(re.findall(r": made (\S+) in", text))
 
 
 def test_a_benchmark_outlives_a_replica_of_the_api_and_a_worker(team, api):
@@ -384,15 +395,39 @@ def test_a_benchmark_outlives_a_replica_of_the_api_and_a_worker(team, api):
         *("Crashed", "AwaitingRetry", "Completed")
     ]
 
-    # Nothing twice: what was there was left as it was, and no artifact was made by both.
+    # Nothing twice: what was there stayed as it was, nobody made it again, and the rest was made by the other worker.
     after = artifacts(team)
     assert before.items() <= after.items()
-    assert num_merged(team) == 10
-    times = made(team, "cpu-1", "cpu-2")
-    assert max(times.values()) == 1
-    # Killed between making something and saying so, a worker may have left out one.
-    assert len(times) >= len(after) - len(list(team.store.glob("checkpoint/[!.]*/"))) - 1
+    assert num_merged(team) == 1 + 3 + 3
+    [other] = {"cpu-1", "cpu-2"} - {busy}
+    times = Counter(re.findall(r": made (\S+) in", team.log(other)))
+    assert not times.keys() & before.keys()
+    assert times == Counter(after.keys() - before.keys())
 
-    again = request_run(api)
-    wait_for("the repeated run", lambda: api.get(f"/flow_runs/{again}")["state"]["type"] == "COMPLETED")
-    assert artifacts(team) == after
+
+def test_a_backup_brings_back_database_and_store(team, api):
+    """The commands of docs/operations.md."""
+    store, identity = Store(team.store), {"what": "kept"}
+    store.build("data", identity, lambda folder: (folder / "rows").write_text("kept") and None)
+    flow = api.post("/flows/", name="kept")["id"]
+    dump, archive = team.folder / "prefect.dump", team.folder / "store.tar"
+    with dump.open("wb") as file:
+        team.ask_postgres("pg_dump", "--format=custom", "prefect", stdout=file)
+    subprocess.run(
+        ["tar", "--create", "--format=posix", "--file", archive, "--directory", team.folder, "store"], check=True
+    )
+
+    assert api.http.delete(f"/flows/{flow}").is_success
+    shutil.rmtree(team.store)
+    for name in ("api-1", "api-2", "services"):
+        stop(team.running[name])
+    team.ask_postgres("dropdb", "--force", "prefect")
+    team.ask_postgres("createdb", "prefect")
+    with dump.open("rb") as file:
+        team.ask_postgres("pg_restore", "--exit-on-error", "--dbname=prefect", stdin=file)
+    subprocess.run(["tar", "--extract", "--file", archive, "--directory", team.folder], check=True)
+
+    team.start_api("api-1")
+    team.wait_ready("api-1", f"http://127.0.0.1:{team.ports['api-1']}/api/ready")
+    assert wait_for("the flow", lambda: api.get(f"/flows/{flow}"))["name"] == "kept"
+    assert store.build("data", identity, lambda folder: pytest.fail("made again")).reused

@@ -42,9 +42,9 @@ def store(tmp_path):
 def look(runs, store):
     """Look once; gives what was found. Every event is in ``look.told``; the last page's folder in ``look.page``."""
 
-    def once(sources=None, **more):
+    def once(sources=None, published="", **more):
         watch = load_watch(watch_file(runs.parent, sources or {"tuned": str(runs)}, **more))
-        report, found = look_again(watch, Direct(store), once.told.append)
+        report, found = look_again(watch, Direct(store), once.told.append, published)
         once.page = store.folder(report)
         return found
 
@@ -162,6 +162,20 @@ def test_what_is_still_uploaded_is_left_for_the_next_time(look, runs, store):
     assert "step-1: left for the next time, incomplete" in (look.page / "trend.html").read_text()
     found = look()
     assert (verdicts(found), found.left, found.warnings) == ([("step-1", "first", True)], [], [])
+
+
+def test_what_is_said_to_be_published_need_not_settle_but_must_be_complete(look, runs):
+    other = write_model(runs.parent / "others" / "one", seed=7).parent
+    whole = (runs / "step-1" / "model.safetensors").read_bytes()
+    (runs / "step-1" / "model.safetensors").write_bytes(whole[:-8])
+    asked = {"sources": {"tuned": str(runs), "other": str(other)}, "published": "tuned", "settle_s": 3600}
+    found = look(**asked)
+    assert [(one["watched"], one["why"].split()[0]) for one in found.left] == [
+        ("tuned", "model.safetensors"),
+        ("other", "written"),
+    ]
+    (runs / "step-1" / "model.safetensors").write_bytes(whole)
+    assert verdicts(look(**asked)) == [("step-1", "first", True)]
 
 
 @pytest.mark.parametrize("change", [("config.json", "{"), ("trainer_state.json", "{}"), ("model.safetensors", None)])

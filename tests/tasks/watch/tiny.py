@@ -85,5 +85,5 @@ def watch_file(folder, sources, **more):
     """Write a watch on the suite that lies in ``folder / "suite"``; nothing needs to settle."""
     path = Path(folder) / "nightly.yaml"
     plain = {"suite": str(Path(folder) / "suite" / "suite.yaml"), "settle_s": 0, "sources": sources}
-    path.write_text(yaml.safe_dump(plain | more))
+    path.write_text(yaml.safe_dump(plain | more, sort_keys=False))
     return path
