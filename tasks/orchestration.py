@@ -1,16 +1,25 @@
 """Steps as Prefect task runs. The store is the memo; Prefect shows it."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from typing import Any, Final
+from uuid import UUID
 
 from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from tasks.progress import watched_by
 from tasks.reporting import read_report
 from tasks.steps import Step, resolve_with_progress
 from tasks.store import Built, Ref, Store
@@ -53,14 +62,16 @@ class AsPrefectTasks:
 @task(name="resolve", task_run_name="resolve {source}", cache_policy=NO_CACHE, persist_result=False)
 def resolve_source(source: str, store: Store) -> Any:
     """Pin a source to content: hash, download or train; reused where the store has it."""
-    built = resolve_with_progress(source, store)
+    with _progress_shown():
+        built = resolve_with_progress(source, store)
     return _shown([built], built.ref)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def build_steps(steps: list[Step], store: Store) -> Any:
     """Build artifacts that belong together; reused if the store has all of them. Never retried: nothing is random."""
-    built = [step.build(store) for step in steps]
+    with _progress_shown():
+        built = [step.build(store) for step in steps]
     for step, one in zip(steps, built, strict=True):
         get_run_logger().info(
             "%s: %s %s in %.1f s", step.title, "reused" if one.reused else "made", one.ref, one.seconds
@@ -79,6 +90,27 @@ def publish(report: Ref, store: Store) -> None:
         description=stored.title,
     )
     create_table_artifact(key="leaderboard-table", table=stored.rows, description=stored.title)
+
+
+@contextmanager
+def _progress_shown() -> Iterator[None]:
+    """Show in the UI how far a long step is; one that ends within seconds shows nothing."""
+    # Work may report from threads of its own, which do not know of this task run.
+    context, shown = copy_context(), dict[str, UUID]()
+
+    def show(title: str, done: int, total: int) -> None:
+        percent = 100 * done / max(total, 1)
+        # The step goes on without a display if the server does not answer.
+        with suppress(Exception):
+            if title in shown:
+                context.run(update_progress_artifact, shown[title], progress=percent)
+            else:
+                shown[title] = context.run(create_progress_artifact, percent, key="progress", description=title)  # type: ignore[assignment]
+
+    with watched_by(show):
+        yield
+    for title in shown:
+        show(title, 1, 1)
 
 
 def _shown(built: Sequence[Built], result: Any) -> Any:

@@ -6,13 +6,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Final, Literal
 
 log = logging.getLogger("tripoise.progress")
 
 # (done, total), both counted from the start of the step.
 Progress = Callable[[int, int], None]
+Watcher = Callable[[str, int, int], None]
 _SECONDS_BETWEEN_LINES: Final = 10.0
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _lock = threading.Lock()
 _bars: list["_Bars"] = []
 
@@ -32,11 +35,23 @@ def track(title: str, unit: Literal["bytes", "items"] = "items") -> Iterator[Pro
     Yields:
         A function of (done, total), cheap enough to be called for every item.
     """
-    if sys.stderr.isatty():
-        with _terminal_bar(title, unit) as progress:
-            yield progress
-    else:
-        yield _lines(title, unit)
+    with _terminal_bar(title, unit) if sys.stderr.isatty() else contextlib.nullcontext(_lines(title, unit)) as progress:
+        watcher = _watcher.get()
+        yield _also(progress, watcher, title) if watcher else progress
+
+
+@contextlib.contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Tell somebody else too how far the steps are that begin in this context; every ten seconds, not at once.
+
+    Args:
+        watcher: called with title, done and total, maybe in another thread, never in two at the same time.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 @contextlib.contextmanager
@@ -51,6 +66,23 @@ def track_bytes(title: str, total: int) -> Iterator[Callable[[int], None]]:
             progress(done, total)
 
         yield count
+
+
+def _also(progress: Progress, watcher: Watcher, title: str) -> Progress:
+    last, lock = time.monotonic(), threading.Lock()
+
+    def both(done: int, total: int) -> None:
+        nonlocal last
+        progress(done, total)
+        # Whoever comes while another thread is telling has nothing newer to say.
+        if time.monotonic() - last >= _SECONDS_BETWEEN_LINES and lock.acquire(blocking=False):
+            try:
+                last = time.monotonic()
+                watcher(title, done, total)
+            finally:
+                lock.release()
+
+    return both
 
 
 def _lines(title: str, unit: str) -> Progress:
