@@ -5,6 +5,7 @@ from time import perf_counter
 from typing import Any
 
 from flows.pools import runner
+from flows.shown import completed
 from tasks.orchestration import publish
 from tasks.steps import Runner
 from tasks.store import Ref, Store
@@ -21,10 +22,10 @@ def reported(compose: Callable[[Runner], Ref]) -> dict[str, Any]:
     run = runner(Store.default())
     report = compose(run)
     publish(report, run.store)
-    return {
-        "report": f"{report.kind}/{report.digest}",
-        "made": run.num_made,
-        "reused": run.num_reused,
-        "started": started,
-        "ended": perf_counter(),
-    }
+    return completed(
+        report=f"{report.kind}/{report.digest}",
+        made=run.num_made,
+        reused=run.num_reused,
+        started=started,
+        ended=perf_counter(),
+    )

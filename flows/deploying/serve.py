@@ -117,7 +117,8 @@ def put_back(pids: Container[str]) -> None:
     state: State[Any] = AwaitingRetry(message="Its worker was stopped.")
     with server() as client:
         for run in client.read_flow_runs(flow_run_filter=asked):
-            if run.infrastructure_pid in pids:
+            submitted = run.state_type is StateType.PENDING and run.deployment_id and not run.infrastructure_pid
+            if submitted or run.infrastructure_pid in pids:
                 client.set_flow_run_state(run.id, state, force=True)
 
 

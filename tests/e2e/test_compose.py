@@ -136,7 +136,7 @@ def test_the_bucket_is_made_once_and_left_alone_then(tmp_path):
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    _, port = server.get_host_and_port()
     environment = {
         "AWS_ENDPOINT_URL": f"http://localhost:{port}",
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "secrets" / "aws_credentials"),

@@ -1,6 +1,6 @@
 """``reevaluate`` on a real server and worker: a schedule, missed runs, a published checkpoint, an alert; and its page.
 
-The deployment is the one that docs/reevaluate.md shows, the alerts are those of deployments/. Takes about 90 seconds.
+The deployment is the one that docs/reevaluate.md shows, the alerts are those of deployments/. Takes one to two minutes.
 """
 
 import json
@@ -131,7 +131,7 @@ def client(environment):
 
 @pytest.fixture
 def deployed(client, alerts, tmp_path):
-    """The deployment of the docs, its automation and the alerts; due every eight seconds, sources below ``tmp_path``."""
+    """The deployment of the docs, its automation and the alerts; due every eight seconds, looks below ``tmp_path``."""
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
     from flows.deploying.apply import apply

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from merging_core.errors import CheckpointError, RecipeError
 from tasks.recipes import parse_recipe
 from tasks.store import Store
 from tests.conftest import ROLES, write_llama
-from tests.e2e.installation import PASSWORD, USER, served
+from tests.e2e.installation import PASSWORD, USER, environment, served
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 DOCS = Path(__file__).parents[2] / "docs"
@@ -126,6 +127,16 @@ def test_deploying_again_changes_nothing(client):
     apply(declared(), client)
     assert snapshot(client) == before
     assert set(before[0]) == {one.name for one in declared().deployments}
+
+
+def test_another_profile_is_refused_where_the_pools_have_another_type(client):
+    from flows.deploying.apply import apply
+    from flows.deploying.declared import SHIPPED, read_declared
+
+    before = snapshot(client)
+    with pytest.raises(RecipeError, match="prefect work-pool delete tripoise-cpu"):
+        apply(read_declared(SHIPPED, "docker"), client)
+    assert snapshot(client) == before
 
 
 @pytest.fixture
@@ -300,6 +311,29 @@ def test_a_run_whose_machine_was_lost_starts_again(server, client):
     assert server.wait(run["id"], states=("COMPLETED",))["run_count"] == 2
 
 
+def test_trigger_waits_and_tells_what_came_of_it(server):
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "trigger",
+        "store-gc",
+        "--param",
+        "request.keep_days=1",
+        "--wait",
+        "--json",
+    ]
+    settings = {"PREFECT_API_URL": server.api, "PREFECT_API_AUTH_STRING": f"{USER}:{PASSWORD}"}
+    done = subprocess.run(
+        command, env=environment(server.folder) | settings, capture_output=True, text=True, check=True
+    )
+    run = json.loads(done.stdout)
+    assert (run["state"], run["name"]) == ("COMPLETED", "garbage of the store")
+    assert run["message"].startswith("garbage: ")
+    # What the command line leaves out stays as the deployment and the form have it.
+    assert server.call("GET", f"/flow_runs/{run['id']}")["parameters"] == {"request": {"keep_days": 1}}
+
+
 def test_a_parent_gets_from_the_gpu_pool_what_its_store_lacks_and_asks_once(server, client, models):
     from prefect import flow
 
@@ -355,7 +389,7 @@ def test_the_form_refuses_what_is_missing_by_its_name(page, server):
     place = open_form(page, server, "merge")
     page.get_by_role("button", name="Submit").click()
     for name in ("base", "experts"):
-        page.get_by_text(f"'{name}' is a required property").wait_for()
+        page.get_by_text(f"'{name}' is a required property", exact=True).wait_for()
     runs = server.call("POST", "/flow_runs/filter", {"flow_runs": {"deployment_id": {"any_": [place]}}})
     assert all(one["idempotency_key"] for one in runs)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 
 import pytest
 import yaml
@@ -118,3 +119,12 @@ def test_without_a_server_it_says_which_setting_names_one(tripoise, monkeypatch)
             code, _, error = tripoise(*command)
         assert code == 1
         assert "PREFECT_API_URL" in error
+
+
+def test_serving_on_a_port_that_is_taken_says_so_and_starts_nothing(tripoise):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        code, _, error = tripoise("serve", "--port", taken.getsockname()[1])
+    assert code == 1
+    assert "Name another one with --port" in error

@@ -453,3 +453,8 @@ def test_the_flow_completes_with_warnings_where_a_source_is_gone_and_fails_where
     assert state.type.value == "FAILED"
     state = reevaluate(Watch.model_validate(plain | {"sources": sources[:1]}), return_state=True)
     assert (state.type.value, state.name, state.result()["recorded"]) == ("COMPLETED", "Completed", [])
+
+
+def test_the_shipped_watch_file_is_a_watch():
+    watch = load_watch(Path(__file__).parents[2] / "recipes" / "reevaluate.yaml")
+    assert (watch.name, watch.settle_s, [one.name for one in watch.sources]) == ("reevaluate", 60, ["tuned"])

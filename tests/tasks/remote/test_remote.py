@@ -17,7 +17,7 @@ PART = 5 << 20  # the least that S3 takes
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     monkeypatch.setattr(remote, "PART_BYTES", PART)
-    monkeypatch.setattr(remote, "_WAITS_S", (0.0,))
+    monkeypatch.setattr(remote, "_WAITS_S", (0.0, 0.0, 0.0))
 
 
 @pytest.fixture(scope="module")
