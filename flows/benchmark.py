@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from flows.parameters import Bench
 from flows.pipeline import Exam, Kitchen, pin
 from flows.reported import reported
+from flows.shown import show_plan
 from merging_core.recipe import Recipe
 from tasks.calibrate import require_texts
 from tasks.merge import merge_title
@@ -29,12 +30,21 @@ def _run_name() -> str:
 @flow(name="benchmark", flow_run_name=_run_name, task_runner=TASK_RUNNER)
 def benchmark(bench: Bench) -> dict[str, Any]:
     """You get a leaderboard of all methods beside base, experts and data mixtures, and a report."""
-    return reported(lambda run: compare_methods(bench, run))
+
+    def compose(run: Runner) -> Ref:
+        tables = _tables(bench, run)
+        show_plan(lambda planner: compare_methods(bench, planner), run.store)
+        return _compare(bench, tables, run)
+
+    return reported(compose)
 
 
 def compare_methods(bench: Bench, run: Runner) -> Ref:
     """The report on all methods of a benchmark, over all its seeds."""
-    tables = _tables(bench, run)
+    return _compare(bench, _tables(bench, run), run)
+
+
+def _compare(bench: Bench, tables: "list[_Table]", run: Runner) -> Ref:
     entries = [entry for table in tables for entry in table.references()]
     for name in bench.candidates():
         tried = [table.try_all(name) for table in tables]

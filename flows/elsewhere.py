@@ -15,12 +15,12 @@ from tasks.suite import Split, Suite
 
 
 def merge_request(recipe: Recipe, sources: Family, device: str, store: Store) -> Request:
-    """Merge by a recipe; see :class:`flows.merge.Merge`."""
+    """Merge by a recipe; see :class:`flows.parameters.Merge`."""
     return Request("merge/merge", {"request": {"recipe": _pinned(recipe, sources, store), "device": device}})
 
 
 def decompose_request(recipe: Recipe, sources: Family, device: str, store: Store) -> Request:
-    """Make what a recipe needs of its experts; see :class:`flows.decompose.Decompose`."""
+    """Make what a recipe needs of its experts; see :class:`flows.parameters.Decompose`."""
     return Request("decompose/decompose", {"request": {"recipe": _pinned(recipe, sources, store), "device": device}})
 
 

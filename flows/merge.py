@@ -4,27 +4,13 @@ from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
-from pydantic import BaseModel, ConfigDict, Field
 
+from flows.parameters import Merge
 from flows.pipeline import Kitchen, pin_recipe
 from flows.pools import gpu_slot
 from flows.shown import completed, show_model
 from tasks.orchestration import TASK_RUNNER, AsPrefectTasks
-from tasks.recipes import RecipeModel
 from tasks.store import Store
-
-
-class Merge(BaseModel):
-    """Merge experts by one recipe."""
-
-    model_config = ConfigDict(extra="forbid")
-    recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
-    device: str = Field(
-        default="cpu",
-        title="Device",
-        description="Torch device, or several that share the tensors, such as cuda:0,cuda:1.",
-        min_length=1,
-    )
 
 
 def _run_name() -> str:

@@ -36,6 +36,23 @@ class Mixture(BaseModel):
     )
 
 
+class Merge(BaseModel):
+    """Merge experts by one recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+    recipe: RecipeModel = Field(title="Recipe", description="What is merged and how.")
+    device: str = Field(
+        default="cpu",
+        title="Device",
+        description="Torch device, or several that share the tensors, such as cuda:0,cuda:1.",
+        min_length=1,
+    )
+
+
+class Decompose(Merge):
+    """Make task vectors, statistics and calibrations, as far as a recipe's method needs them; nothing is merged."""
+
+
 class MergeAndEvaluate(Evaluation):
     """Merge by one recipe and compare the result with its base and experts."""
 

@@ -26,16 +26,19 @@ def completed(**result: Any) -> dict[str, Any]:
 
 
 def show_plan(compose: Callable[[Runner], Any], store: Store) -> None:
-    """Which steps will be reused, and which computed and why; sources should have been resolved before."""
+    """Which steps will be reused, and which computed and why, those first; of very many the first are listed."""
     planner = Planner(store)
     compose(planner)
     rows = [
         {"step": one.title, "decision": "reuse" if one.reused else "compute", "why": one.why, "artifact": str(one.ref)}
         for one in planner.planned
     ]
+    rows.sort(key=lambda row: row["decision"])
     computed = sum(not one.reused for one in planner.planned)
     said = f"{computed} to compute, {len(rows) - computed} to reuse"
-    create_table_artifact(key="plan", table=rows, description=said)
+    if len(rows) > _MOST_LINES:
+        said += f"; the first {_MOST_LINES} are listed, `tripoise plan` lists all"
+    create_table_artifact(key="plan", table=rows[:_MOST_LINES], description=said)
 
 
 def show_model(model: Ref, store: Store) -> None:

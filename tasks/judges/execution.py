@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from annotated_types import Ge
@@ -39,7 +39,7 @@ class CodeExecution:
     """Must be true: programs that a model wrote are run on this machine, in a sandbox without network and files."""
     k: Annotated[int, Ge(1)] = 1
     """A problem's value is pass@k, >= 1; not above the number of responses to it."""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """What one program may use."""
     num_parallel: Annotated[int, Ge(0)] = 0
     """Programs at the same time, >= 1; 0: one for each core. Too many make slow programs time out."""

@@ -5,11 +5,9 @@ import json
 import pytest
 
 from flows.commands.trigger import set_at
-from flows.decompose import Decompose
 from flows.elsewhere import merge_request
 from flows.evaluate import Evaluate
-from flows.merge import Merge
-from flows.parameters import Bench, MergeAndEvaluate
+from flows.parameters import Bench, Decompose, Merge, MergeAndEvaluate
 from flows.pipeline import Exam, Kitchen, pin, pin_recipe
 from flows.pools import OnPools, runner
 from merging_core.errors import CheckpointError, RecipeError
