@@ -5,6 +5,7 @@ with every shard that it names; each tensor of the index is in its shard and eac
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -107,6 +108,9 @@ class Checkpoint:
         return tensor
 
     def _open(self, file: Path) -> None:
+        # safetensors would say that it is not there.
+        if file.is_file() and not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise CheckpointError(f"{file}: cannot be read. Give this user the right to read it.")
         try:
             handle = self._handles.enter_context(safe_open(file, framework="pt"))
             names = list(handle.keys())

@@ -2,7 +2,9 @@ import json
 import os
 import pickle
 import struct
+import tempfile
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -360,6 +362,21 @@ def damaged(folder):
     with pytest.raises(CheckpointError) as caught:
         read(folder)
     return str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give up its rights for a moment")
+def test_a_file_that_may_not_be_read_is_not_called_damaged():
+    with tempfile.TemporaryDirectory() as name:
+        folder = write_folder(Path(name), llama())
+        folder.chmod(0o755)
+        (folder / "model.safetensors").chmod(0o600)
+        os.seteuid(65534)
+        try:
+            message = damaged(folder)
+        finally:
+            os.seteuid(0)
+    assert "model.safetensors: cannot be read" in message
+    assert "fetch it again" not in message
 
 
 def test_a_file_cut_short_anywhere_is_refused(tmp_path):
