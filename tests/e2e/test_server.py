@@ -1,6 +1,7 @@
 """One real server with its workers, started by `tripoise serve`, used as people and programs use it."""
 
 import base64
+import fcntl
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 
@@ -421,6 +424,54 @@ def test_a_form_that_is_filled_in_starts_a_run(page, server, models, tmp_path):
     assert (run["state_type"], run["name"]) == ("COMPLETED", "ties · base · 2 experts")
     method = run["parameters"]["request"]["recipe"]["method"]
     assert (method["name"], method["density"]) == ("ties", 0.3)
+
+
+def children(number):
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(number).children()
+    return []
+
+
+def until(what, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.3)
+    return found
+
+
+def test_a_training_that_is_cancelled_ends_with_all_its_processes_and_frees_the_gpu(server, client, models, tmp_path):
+    (tmp_path / "lessons.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 2)
+    recipe = {
+        "base": str(models / "base"),
+        "datasets": [{"name": "lessons", "source": str(tmp_path / "lessons.jsonl")}],
+        "num_documents": 2,
+        # One step of so many parts that nobody waits for its end.
+        "training": {"batch_size": 40_000, "accumulation": 40_000, "epochs": 20_000, "max_tokens": 8},
+    }
+
+    def busy():
+        limit = client.read_global_concurrency_limit_by_name("tripoise-gpu")
+        return limit.active_slots
+
+    def training():
+        """The processes that train, which get no environment of the server's."""
+        below = [one for number in server.processes() for one in children(number)]
+        return [one for one in below if "tasks.training.worker" in " ".join(one.cmdline())]
+
+    place = client.read_deployment_by_name("train/train").id
+    run = server.call("POST", f"/deployments/{place}/create_flow_run", {"parameters": {"request": {"recipe": recipe}}})
+    [worker] = until(training)
+    assert busy() == 1
+    checkpoints = Store(server.store).refs("checkpoint")
+    server.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
+    server.wait(run["id"], states=("CANCELLED",))
+    until(lambda: not worker.is_running())
+    until(lambda: busy() == 0)
+    assert Store(server.store).refs("checkpoint") == checkpoints
+    for lock in (server.store / "locks").iterdir():
+        with lock.open() as held:  # another run may go on at once
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_it_stops_cleanly_and_what_ran_starts_again(server, ours, models):
