@@ -19,7 +19,6 @@ from tasks.backends import Endpoint, endpoint_model, vllm_model
 from tasks.generations import Generation, write_generations
 from tasks.harness import Reply, ask, transformers_model
 from tasks.scores import Asked, Sample, Scored, write_scores
-from tasks.side_files import chat_template
 from tasks.steps import Step
 from tasks.store import Ref, Store
 from tasks.suite import Benchmark, Split, Suite
@@ -175,11 +174,6 @@ def load_model(folder: Path, execution: Execution, endpoint: Endpoint | None = N
     if execution.backend == "vllm":
         return vllm_model(folder, execution.device)
     return transformers_model(folder, execution.device, execution.batch_size)
-
-
-def lost_chat_template(model: Path, base: Path) -> bool:
-    """Whether a model folder has no chat template although the folder that it was made from has one."""
-    return bool(chat_template(base)) and not chat_template(model)
 
 
 class _Model:

@@ -121,6 +121,7 @@ class Completions(LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no 
             [choice] = answer["choices"]
             logprobs = choice["logprobs"]
             lengths = {len(logprobs["token_logprobs"]), len(logprobs["top_logprobs"])}
+            int(choice["index"])  # by which lm-eval sorts
             numbers = all(isinstance(one, float | int) for one in logprobs["token_logprobs"][1:])
         except (KeyError, TypeError, ValueError):
             lengths, numbers = set(), False

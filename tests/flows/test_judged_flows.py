@@ -164,3 +164,11 @@ def test_a_misspelt_question_gets_the_nearest(tmp_path):
     (tmp_path / "judges.yaml").write_text("refusall: {name: rule}")
     with pytest.raises(RecipeError, match=r"refusall.*refusal"):
         load_judges(tmp_path / "judges.yaml")
+
+
+def test_a_merge_without_the_chat_template_of_an_expert_is_flagged(family, asked, run):
+    config = family["helpful"] / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "{{ messages[0]['content'] }}"}))
+    with always(NO) as server:
+        _, report = merge_and_score(merge_request(family, asked, judges={"harm": endpoint(server)}), run)
+    assert "linear (chat template lost)" in read_report(run.store.folder(report)).markdown

@@ -17,7 +17,6 @@ from tasks.evaluate import (
     Execution,
     evaluate_steps,
     load_model,
-    lost_chat_template,
     run_benchmark,
     run_generation,
 )
@@ -211,14 +210,6 @@ def test_a_response_that_leaves_no_room_for_the_prompt_is_refused(tmp_path, suit
     lm = load_model(short, Execution())
     with pytest.raises(RecipeError, match="xstest_safe: asks for up to 256 tokens, and the model reads 128"):
         run_generation(lm, suite, suite.benchmark("xstest_safe"), EvaluateSettings(limit=1))
-
-
-def test_a_merge_that_lost_its_chat_template_is_seen(tmp_path):
-    base, merged = write_byte_llama(tmp_path / "base", TEMPLATE), write_byte_llama(tmp_path / "merged")
-    assert lost_chat_template(merged, base)
-    assert not lost_chat_template(base, base)
-    assert not lost_chat_template(base, merged)
-    assert not lost_chat_template(merged, merged)
 
 
 @pytest.mark.parametrize("task", ["gsm8k_cot", "halueval_wild", "humaneval", "xstest_unsafe", "truthfulqa_mc2"])
