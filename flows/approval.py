@@ -5,8 +5,10 @@ from typing import Any, Final, Literal
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.flow_runs import pause_flow_run
+from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
+from prefect.input.actions import filter_flow_run_input
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from tasks.publish import publish
@@ -14,6 +16,8 @@ from tasks.store import Ref, Store
 
 WAIT_SECONDS: Final = 7 * 24 * 3600
 """After a week without a decision the run fails; started again it has everything and asks again."""
+_KEY: Final = "approval"
+_MOST_INPUTS: Final = 200
 
 
 class Decision(RunInput):
@@ -25,9 +29,22 @@ class Decision(RunInput):
     note: str = Field(default="", title="Note", description="Why; kept with the decision.", max_length=2000)
 
 
+def decision() -> Decision | None:
+    """What this run has been told, if it has asked and was answered: it is asked once, however often it starts."""
+    # Within a flow that is not asynchronous it is no coroutine.
+    given: Any = filter_flow_run_input(f"suspended-{_KEY}", limit=_MOST_INPUTS)
+    return next((Decision.load_from_flow_run_input(one) for one in given if one.key.endswith("-response")), None)
+
+
 def approved(model: Ref, target: str) -> bool:
-    """Wait for a decision, and keep it as an artifact; the worker's process waits too, so let it be a light one."""
-    given = pause_flow_run(wait_for_input=Decision, timeout=WAIT_SECONDS, poll_interval=2, key="approval")
+    """Whether the model may be published, as was decided; kept as an artifact.
+
+    Without a decision the run ends here, its process too, and starts anew when there is one; it needs a deployment.
+    A blocking pause would not do: the server takes the deployment's slot from a paused run, and its process crashes.
+    """
+    # A run that nobody answered may start again, and Prefect lets a key be used once in a run.
+    key = f"{_KEY}-{flow_run.run_count}"
+    given = decision() or suspend_flow_run(wait_for_input=Decision, timeout=WAIT_SECONDS, key=key)
     create_markdown_artifact(
         key="decision",
         markdown=f"**{given.decision}** `{model}` to `{target}`\n\n{given.note}",

@@ -3,16 +3,18 @@
 Example::
 
     with Client("http://127.0.0.1:4200/api") as client:
-    run = client.trigger("merge", {"request": {"recipe": {...}}}, idempotency_key="merge-42")
-    print(client.wait(run).message)
+        run = client.trigger("merge", {"request": {"recipe": {...}}}, idempotency_key="merge-42")
+        print(client.wait(run).message)
 """
 
 import os
+import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Self
+from uuid import uuid4
 
 import httpx
 
@@ -22,6 +24,7 @@ from tasks.names import nearest
 _FINAL: Final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _POLL_SECONDS: Final = 2.0
 _TIMEOUT_SECONDS: Final = 60.0
+_GRACE_SECONDS: Final = 30.0
 _PAUSES_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -43,7 +46,10 @@ class Run:
 
 
 class Client:
-    """Talks to the REST API of one server; use it as a context."""
+    """Talks to the REST API of one server; use it as a context.
+
+    What can be asked twice is asked again, for a quarter of a minute, when there is no answer, or a proxy's 502.
+    """
 
     def __init__(self, url: str | None = None, password: str | None = None) -> None:
         """Name the server.
@@ -54,6 +60,7 @@ class Client:
 
         Raises:
             RecipeError: if no server is named.
+            OSError: if the file ``PREFECT_API_SSL_CERT_FILE``, which says who signed its certificate, cannot be read.
         """
         if not (url := url or os.environ.get("PREFECT_API_URL")):
             raise RecipeError(
@@ -61,7 +68,10 @@ class Client:
             )
         user, _, secret = (password or os.environ.get("PREFECT_API_AUTH_STRING") or "").partition(":")
         auth = httpx.BasicAuth(user, secret) if user else None
-        self._http = httpx.Client(base_url=url.rstrip("/"), auth=auth, timeout=_TIMEOUT_SECONDS)
+        trusted = os.environ.get("PREFECT_API_SSL_CERT_FILE")
+        verify = ssl.create_default_context(cafile=trusted) if trusted else True
+        self._http = httpx.Client(base_url=url.rstrip("/"), auth=auth, timeout=_TIMEOUT_SECONDS, verify=verify)
+        self._http.headers["Prefect-Csrf-Client"] = uuid4().hex
 
     def __enter__(self) -> Self:
         return self
@@ -107,9 +117,9 @@ class Client:
             CheckpointError: if the server does not answer, or refuses the password.
         """
         place = f"/deployments/{self.deployment(name)['id']}/create_flow_run"
-        body: dict[str, Any] = {"parameters": dict(parameters or {}), "state": {"type": "SCHEDULED"}}
-        if idempotency_key:
-            body["idempotency_key"] = idempotency_key
+        # With a key of its own it can be asked twice.
+        key = idempotency_key or uuid4().hex
+        body = {"parameters": dict(parameters or {}), "state": {"type": "SCHEDULED"}, "idempotency_key": key}
         return _run(self._call("POST", place, body))
 
     def read(self, run: Run | str) -> Run:
@@ -117,15 +127,19 @@ class Client:
         return _run(self._call("GET", f"/flow_runs/{run.id if isinstance(run, Run) else run}"))
 
     def wait(self, run: Run | str, timeout: float | None = None) -> Run:
-        """Wait until a run has ended or is paused.
+        """Wait until a run has ended or is paused. One that crashed may be started again: that takes half a minute.
 
         Raises:
             CheckpointError: if it has not after ``timeout`` seconds; None waits for ever.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        alive = time.monotonic()
         while True:
             now = self.read(run)
-            if now.is_final or now.state == "PAUSED":
+            if now.state != "CRASHED":
+                alive = time.monotonic()
+            lost = now.state == "CRASHED" and time.monotonic() - alive < _GRACE_SECONDS
+            if now.state == "PAUSED" or (now.is_final and not lost):
                 return now
             if deadline is not None and time.monotonic() > deadline:
                 raise CheckpointError(f"run {now.name}: still {now.state} after {timeout:g} s. Look at it in the UI.")
@@ -149,16 +163,20 @@ class Client:
             raise RecipeError(f"decision {decision!r}: refused: {answer['details'].get('reason')}")
 
     def _call(self, verb: str, place: str, body: Any = None) -> Any:
-        for pause in (*_PAUSES_SECONDS, None):
+        twice = verb == "GET" or place.endswith("/filter") or "idempotency_key" in (body or {})
+        for pause in (*_PAUSES_SECONDS, 0.0):  # after the last one it gives up
             try:
-                answer = self._http.request(verb, place, json=body)
+                answer = self._send(verb, place, body)
             except httpx.TransportError as error:
-                raise CheckpointError(
-                    f"{self._http.base_url}: no answer ({error}). Start the server, or correct PREFECT_API_URL."
-                ) from error
-            # Prefect answers so when two writers met in its database; nothing was done.
-            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE or pause is None:
-                break
+                if not (pause and twice):
+                    raise CheckpointError(
+                        f"{self._http.base_url}: no answer ({error}). Start the server, or correct PREFECT_API_URL."
+                    ) from error
+            else:
+                # With 503 Prefect says that two writers met in its database; nothing was done.
+                again = (httpx.codes.SERVICE_UNAVAILABLE, *((httpx.codes.BAD_GATEWAY,) if twice else ()))
+                if answer.status_code not in again or not pause:
+                    break
             time.sleep(pause)
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             raise CheckpointError(f"{self._http.base_url}: refused. Set PREFECT_API_AUTH_STRING=user:password.")
@@ -167,6 +185,16 @@ class Client:
         if not answer.is_success:
             raise CheckpointError(f"{self._http.base_url}{place}: {answer.status_code} {_detail(answer)}")
         return answer.json()
+
+    def _send(self, verb: str, place: str, body: Any) -> httpx.Response:
+        """Once; with a new token, which is good for an hour, if the server wants one (CSRF protection)."""
+        answer = self._http.request(verb, place, json=body)
+        if answer.status_code == httpx.codes.FORBIDDEN:
+            token = self._http.get("/csrf-token", params={"client": self._http.headers["Prefect-Csrf-Client"]})
+            if token.is_success:
+                self._http.headers["Prefect-Csrf-Token"] = token.json()["token"]
+                answer = self._http.request(verb, place, json=body)
+        return answer
 
 
 def _run(answer: Mapping[str, Any]) -> Run:

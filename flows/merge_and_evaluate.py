@@ -5,7 +5,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.approval import published
+from flows.approval import decision, published
 from flows.parameters import MergeAndEvaluate
 from flows.pipeline import Exam, Kitchen, pin_recipe
 from flows.pools import runner
@@ -29,10 +29,14 @@ def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, Any]:
     run = runner(Store.default())
     Exam.of(request, run)  # what it refuses is refused before anything is fetched
     pinned = pin_recipe(request.recipe.recipe(), run)
-    show_plan(lambda planner: merge_and_score(request, planner, pinned), run.store)
+    # What was shown before somebody decided is still shown; the plan would now say that everything is reused.
+    first = decision() is None
+    if first:
+        show_plan(lambda planner: merge_and_score(request, planner, pinned), run.store)
     model, report = merge_and_score(request, run, pinned)
-    publish(report, run.store)
-    show_model(model, run.store)
+    if first:
+        publish(report, run.store)
+        show_model(model, run.store)
     where = published(model, request.publish_to, request.approval, run.store)
     return completed(merged=f"{model.kind}/{model.digest}", report=f"{report.kind}/{report.digest}", **where)
 

@@ -1,16 +1,20 @@
 """Which machine runs a step: here, or a GPU worker that is asked through a deployment."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
-from typing import Final
+from typing import Any, Final
+from uuid import UUID
 
+from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterIdempotencyKey
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
+from prefect.runtime import flow_run
 
 from merging_core.errors import CheckpointError
 from tasks.orchestration import AsPrefectTasks
@@ -22,6 +26,10 @@ STEPS: Final = "TRIPOISE_GPU_STEPS"
 SLOTS: Final = "TRIPOISE_GPU_SLOTS"
 """Names the global concurrency limit whose slots GPU flows hold."""
 _LEASE_SECONDS: Final = 60.0
+CRASH_GRACE_SECONDS: Final = 30.0
+"""Within this time an automation puts a run that was lost back into the queue (deployments/automations.yaml)."""
+_MOST_ASKED: Final = 3
+_POLL_SECONDS: Final = 1.0
 
 
 def runner(store: Store) -> AsPrefectTasks:
@@ -63,18 +71,21 @@ class OnPools(AsPrefectTasks):
 
 
 def _make_elsewhere(step: Step, request: Request, store: Store) -> None:
-    key = _free_key(step.ref)
-    run: FlowRun = run_deployment(  # type: ignore[assignment]
-        request.deployment,
-        parameters=dict(request.parameters),
-        timeout=None,
-        idempotency_key=key,
-        tags=["step"],
-        as_subflow=True,
-    )
-    if store.bring(step.ref):
-        return
-    state = run.state
+    for _ in range(_MOST_ASKED):
+        run: FlowRun = run_deployment(  # type: ignore[assignment]
+            request.deployment,
+            parameters=dict(request.parameters),
+            timeout=None,
+            idempotency_key=_free_key(step.ref),
+            tags=["step"],
+            as_subflow=True,
+        )
+        if store.bring(step.ref):
+            return
+        state = run.state
+        # Another parent that wanted the same may have been cancelled with it; or it was lost and is started again.
+        if state is None or not (_cancelled_alone(state) or _starts_again(run)):
+            break
     said = f"{state.name}: {' '.join((state.message or '').split())}" if state else "no state"
     if state is None or not state.is_completed():
         raise CheckpointError(f"{step.title}: run {run.name!r} of {request.deployment} ended as {said}. See its log.")
@@ -83,6 +94,30 @@ def _make_elsewhere(step: Step, request: Request, store: Store) -> None:
         f"{step.title}: run {run.name!r} of {request.deployment} completed, but {step.ref} is not in the store "
         f"{store.root} and {mirror}. Either its worker has another store, or another version of Tripoise."
     )
+
+
+def _cancelled_alone(state: State[Any]) -> bool:
+    """Whether a run was cancelled and this one, which asked for it, was not."""
+    if not state.is_cancelled():
+        return False
+    with get_client(sync_client=True) as client:
+        parent = client.read_flow_run(UUID(flow_run.id)).state
+    return parent is not None and parent.is_running()
+
+
+def _starts_again(run: FlowRun) -> bool:
+    """Whether a crashed run is put back into the queue within the grace time, as an automation does with a lost one."""
+    if not (run.state and run.state.is_crashed()):
+        return False
+    get_run_logger().warning("run %r crashed; waiting %.0f s for it to start again", run.name, CRASH_GRACE_SECONDS)
+    deadline = time.monotonic() + CRASH_GRACE_SECONDS
+    with get_client(sync_client=True) as client:
+        while time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            state = client.read_flow_run(run.id).state
+            if not (state and state.is_crashed()):
+                return True
+    return False
 
 
 def _free_key(ref: Ref) -> str:

@@ -1,5 +1,6 @@
 """The flow ``reevaluate``: what is new in watched sources is scored, compared with what is accepted, and told."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -8,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import StateType
-from prefect.events import emit_event
+from prefect.events import Event as PrefectEvent
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled, Completed
 
@@ -17,7 +18,8 @@ from flows.watch_parameters import Watch
 from flows.watching import look_again, summarized
 from tasks.orchestration import TASK_RUNNER
 from tasks.store import Store
-from tasks.watch.looks import Event, Findings
+from tasks.watch.events import Event
+from tasks.watch.records import Findings
 
 _MODEL: Final = "tripoise.model."
 
@@ -41,9 +43,11 @@ def reevaluate(watch: Watch, published: str = "") -> Any:
     """
     covered = _stand_for_due_runs()
     run = runner(Store.default())
-    report, found = look_again(watch, run, _emit, published.removeprefix(_MODEL))
+    report, found = look_again(watch, run, _tell, published.removeprefix(_MODEL))
     page = run.store.folder(report) / "trend.html"
-    create_markdown_artifact(key="trend", markdown=_markdown(watch, found, page.as_uri()), description=watch.name)
+    create_markdown_artifact(
+        key=_artifact_key(watch.name), markdown=_markdown(watch, found, page.as_uri()), description=watch.name
+    )
     summary = {"report": f"{report.kind}/{report.digest}", "covered": covered} | summarized(found)
     summary |= {"made": run.num_made, "reused": run.num_reused}
     for warning in found.warnings:
@@ -53,8 +57,16 @@ def reevaluate(watch: Watch, published: str = "") -> Any:
     return summary
 
 
-def _emit(event: Event) -> None:
-    """Tell the Prefect server; automations act on it."""
+def _artifact_key(watch: str) -> str:
+    """Of the trend of a watch: keys are lower case, with dashes."""
+    return "trend-" + re.sub("[^a-z0-9]+", "-", watch.lower()).strip("-")
+
+
+def _tell(event: Event) -> None:
+    """Tell the Prefect server, whose automations act on it; an error unless it says that it has the event.
+
+    Not by Prefect's own ``emit_event``: that returns when the event waits in a queue of this process.
+    """
     resource = {
         "prefect.resource.id": f"{_MODEL}{event.model}",
         "prefect.resource.name": event.model,
@@ -62,7 +74,15 @@ def _emit(event: Event) -> None:
     }
     if dimension := event.payload.get("dimension"):
         resource["tripoise.dimension"] = dimension
-    emit_event(event=event.name, resource=resource, payload=event.payload, id=event.id)
+    run = {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}", "prefect.resource.role": "flow-run"}
+    told = PrefectEvent.model_validate(
+        {
+            **{"id": event.id, "occurred": datetime.now(UTC), "event": event.name},
+            **{"resource": resource, "related": [run], "payload": event.payload},
+        }
+    )
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/events", json=[told.model_dump(mode="json")])
 
 
 def _stand_for_due_runs() -> int:

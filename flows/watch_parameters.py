@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.evaluation import Evaluation
 from tasks.names import check_names
 from tasks.recipes import Source, read_yaml, validated
-from tasks.watch.looks import Acceptance, Terms, Watched
+from tasks.watch.records import Acceptance, Terms, Watched
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 _DigestStart = Annotated[str, Field(pattern=r"^[0-9a-f]{6,64}$")]

@@ -1,6 +1,5 @@
 """One look at watched sources, with a server or without."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -8,12 +7,13 @@ from flows.pipeline import Exam
 from flows.watch_parameters import Watch
 from tasks.steps import Runner
 from tasks.store import Ref
-from tasks.watch.looks import Event, Findings, Laboratory, look_around
+from tasks.watch.looks import Tell, look_around
+from tasks.watch.records import Findings, Laboratory
 from tasks.watch.state import remembered, save
 from tasks.watch.trend import trend_step
 
 
-def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None], published: str = "") -> tuple[Ref, Findings]:
+def look_again(watch: Watch, run: Runner, tell: Tell | None, published: str = "") -> tuple[Ref, Findings]:
     """Look at all sources once; gives the trend and what was found.
 
     Looks of one watch take turns on one machine: of two at the same time the second finds nothing new.
@@ -21,7 +21,7 @@ def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None], publish
     Args:
         watch: what is watched, and how models are evaluated.
         run: runs the steps.
-        tell: is called with every event.
+        tell: is called with every event that nobody was told of yet, see :func:`tasks.watch.looks.look_around`.
         published: name of a source of which somebody says that all has arrived.
 
     Raises:
@@ -32,7 +32,7 @@ def look_again(watch: Watch, run: Runner, tell: Callable[[Event], None], publish
     laboratory = Laboratory(lambda source: run.resolve([source])[0], exam.scores, exam.suite, run.store)
     with remembered(watch.name, run.store) as state:
         for digest in watch.approve:
-            state.approve(digest, run.store)
+            state.approve(digest)
         save(state, run.store)
         sources = watch.watched(published)
         found = look_around(sources, watch.terms(), laboratory, state, tell)

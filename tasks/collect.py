@@ -1,4 +1,4 @@
-"""Garbage collection: remove what nothing pinned, recent or running leads to."""
+"""Garbage collection: remove what nothing pinned, accepted by a watch, recent or running leads to."""
 
 import time
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from tasks.judges.kept import REPLIES
 from tasks.sources.object_storage import DOWNLOADS
 from tasks.store import KINDS, MANIFEST, Ref, Store, remove
 from tasks.usage import collecting
+from tasks.watch.state import accepted_scores
 
 _REMOVED: Final = ".removed"
 
@@ -54,20 +55,24 @@ def pinned(store: Store) -> list[Ref]:
 def collect(store: Store, keep_days: float, *, delete: bool) -> Garbage:
     """Find what no pinned artifact, no artifact made in the last days and no running process leads to.
 
-    An artifact that stays keeps all of its parents. Files that are used in place are never touched: of a checkpoint
-    that was only referenced, the reference goes. Downloads of the store's own go with the last that uses them. The
-    replies that an endpoint judge kept go when none was added in the last days and no running process has them open.
+    The scores of checkpoints that a watch accepted count as pinned. An artifact that stays keeps all of its parents.
+    Files that are used in place are never touched: of a checkpoint that was only referenced, the reference goes.
+    Downloads of the store's own go with the last that uses them. The replies that an endpoint judge kept go when none
+    was added in the last days and no running process has them open.
 
     Args:
         store: is locked for as long as this takes: runs wait before they start to use another artifact.
         keep_days: age from which an artifact may be removed, in days since it was made, >= 0.
         delete: remove it; otherwise only say what would be removed.
+
+    Raises:
+        CheckpointError: if what a watch remembers cannot be read.
     """
     with collecting(store.root) as used:
         parents, created = _read(store)
         oldest = datetime.now(UTC) - timedelta(days=keep_days)
         roots = {ref for ref in parents if created[ref] > oldest or f"{ref.kind}/{ref.digest}" in used}
-        kept = _reachable(roots | set(pinned(store)), parents)
+        kept = _reachable(roots | set(pinned(store)) | accepted_scores(store), parents)
         garbage = sorted(set(parents) - kept)
         leftovers = [path for path in _leftovers(store, kept, used) if path.stat().st_mtime < oldest.timestamp()]
         found = Garbage(

@@ -37,7 +37,7 @@ def reevaluate(
     run = Direct(open_store(store))
     local = [Path(one.source) for one in watch.sources if "://" not in one.source]
     check_replaceable(out, "report", replace, _earlier_trend(out, watch.name), [run.store.root, file, *local])
-    report, found = look_again(watch, run, lambda event: None)
+    report, found = look_again(watch, run, tell=None)
     # What was in its place is an earlier page of the same watch.
     deliver_artifact(report, out, run.store, replace=True)
     summary = {
@@ -71,7 +71,8 @@ def _text(summary: dict[str, Any], warnings: list[str]) -> str:
         if "dimension" in (told := event["payload"]):
             lines.append(
                 f"  {event['event']}: {told['dimension']} {told['difference']:+.3f} "
-                f"[{told['low']:+.3f}, {told['high']:+.3f}], {told['why']}"
+                f"[{told['low']:+.3f}, {told['high']:+.3f}], {told['why']}, "
+                f"n = {told['n']}{f', {left} left out' if (left := told['left_out']) else ''}"
             )
     lines += [f"{one['watched']}, {one['place']}: left, incomplete: {one['why']}" for one in summary["left"]]
     lines += [f"warning: {one}" for one in warnings]

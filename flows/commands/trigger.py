@@ -29,7 +29,7 @@ def trigger(
 
     with Client() as client:
         parameters: dict[str, Any] = client.deployment(name)["parameters"]
-        parameters |= read_yaml(params) if params else {}
+        parameters = merged(parameters, read_yaml(params)) if params else parameters
         for text in param or ():
             set_at(parameters, text)
         run = client.trigger(name, parameters, idempotency_key)
@@ -38,6 +38,13 @@ def trigger(
     answer(asdict(run), as_json, f"{run.id}  {run.name}  {run.state}  {run.message}".rstrip())
     if wait and run.state not in ("COMPLETED", "PAUSED"):
         raise typer.Exit(1)
+
+
+def merged(old: Any, new: Any) -> Any:
+    """Mappings entry by entry, at every depth; of anything else the new one."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {name: merged(old.get(name), value) for name, value in new.items()}
 
 
 def set_at(parameters: dict[str, Any], text: str) -> None:

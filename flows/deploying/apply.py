@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 import httpx
@@ -154,14 +154,17 @@ def _triggered(one: Deployment, deployment: UUID) -> list[AutomationCore]:
 
 
 def _apply_automations(automations: list[AutomationCore], client: SyncPrefectClient) -> list[str]:
-    """Automations are known by name; those with our tag that are not among them go."""
+    """Automations are known by name; those with our tag that are not among them go.
+
+    One that is as declared is left alone: an update would make it forget the runs whose silence it is counting.
+    """
     ours = {one.name: one for one in client.read_automations() if TAG in one.tags}
     done = []
     for one in automations:
         tagged = one.model_copy(update={"tags": sorted({TAG, *one.tags})})
         if (there := ours.pop(one.name, None)) is None:
             client.create_automation(tagged)
-        else:
+        elif _compared(there) != _compared(tagged):
             # An update may not name the owner, and what counts as unset would not be sent: the type of an action.
             rest = AutomationCore.model_validate(tagged.model_dump(exclude={"owner_resource"}))
             client.update_automation(there.id, rest)
@@ -170,6 +173,10 @@ def _apply_automations(automations: list[AutomationCore], client: SyncPrefectCli
         client.delete_automation(old.id)
         done.append(f"removed automation {name}")
     return done
+
+
+def _compared(one: AutomationCore) -> dict[str, Any]:
+    return one.model_dump(exclude={"id", "owner_resource"})
 
 
 def _ours(client: SyncPrefectClient) -> list[DeploymentResponse]:

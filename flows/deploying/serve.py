@@ -20,6 +20,7 @@ from merging_core.errors import CheckpointError, MergeError, RecipeError
 _START_SECONDS: Final = 240.0
 _STOP_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.2
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 log = logging.getLogger("tripoise.serve")
 
 
@@ -65,13 +66,17 @@ class Installation:
 
     def stop(self) -> None:
         """End the workers with their runs, put those back into the queue, and end the server."""
+        for number in _ENDING:  # a second one would leave processes behind
+            signal.signal(number, signal.SIG_IGN)
         server, workers = self.children[:1], self.children[1:]
         pids = {str(one.pid) for _, child in workers for one in _descendants(child)}
-        _end(workers)
-        if pids and all(child.poll() is None for _, child in server):
-            with contextlib.suppress(MergeError):
-                put_back(pids)
-        _end(server)
+        try:
+            _end(workers)
+            if pids and all(child.poll() is None for _, child in server):
+                with contextlib.suppress(MergeError):
+                    put_back(pids)
+        finally:
+            _end(server)
 
 
 @contextlib.contextmanager
@@ -89,6 +94,9 @@ def installation(host: str, port: int) -> Iterator[Installation]:
             raise RecipeError(f"{host}:{port}: {error.strerror}. Name another one with --port or --host.") from error
     # A shell that starts something in the background has it ignore interrupts, and workers end by them.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A terminal that is closed; what nohup started goes on.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     found = Installation(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/api", _environment(host, port))
     try:
         found.start("server", "server", "start", "--host", host, "--port", str(port), "--log-level", "WARNING")
@@ -112,12 +120,13 @@ def put_back(pids: Container[str]) -> None:
 
     from flows.deploying.apply import server
 
-    under_way = [StateType.RUNNING, StateType.PENDING, StateType.PAUSED]
+    under_way = [StateType.RUNNING, StateType.PENDING]
     asked = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way)))
     state: State[Any] = AwaitingRetry(message="Its worker was stopped.")
     with server() as client:
         for run in client.read_flow_runs(flow_run_filter=asked):
-            submitted = run.state_type is StateType.PENDING and run.deployment_id and not run.infrastructure_pid
+            # It may still name the process of an earlier start.
+            submitted = run.state_type is StateType.PENDING and run.deployment_id
             if submitted or run.infrastructure_pid in pids:
                 client.set_flow_run_state(run.id, state, force=True)
 

@@ -14,6 +14,7 @@ from merging_core.errors import CheckpointError, RecipeError
 from tasks.remote import Object, Storage
 from tasks.watch.uploads import is_checkpoint, missing_parts
 
+_HUB: Final = "hf://"
 ITSELF: Final = "."
 """Name of the place that is the watched folder or prefix itself."""
 
@@ -35,7 +36,10 @@ class Place:
 
 
 def look(source: str) -> list[Place]:
-    """The checkpoints of a watched source, oldest change first.
+    """The checkpoints of a watched source, oldest change first; of a Hub repository ``main`` first, then by name.
+
+    A folder of which it cannot be seen whether it is one is given too: that it cannot be read is said when it is asked
+    what it lacks.
 
     Args:
         source: a folder; ``s3://bucket/prefix`` or any URL that fsspec knows; ``hf://org/name`` for all branches and
@@ -45,15 +49,29 @@ def look(source: str) -> list[Place]:
         RecipeError: if the source is of no form that can be watched.
         CheckpointError: if it is not there, or cannot be reached.
     """
-    scheme = source.partition("://")[0] if "://" in source else ""
-    if scheme == "hf":
+    check_form(source)
+    if source.startswith(_HUB):
         from tasks.watch.revisions import revisions
 
         return revisions(source)
-    if scheme == "mini3h":
-        raise RecipeError(f"{source}: is made here and never changes. Watch a folder, s3:// or hf://.")
-    found = _folders(source) if not scheme else _prefixes(source)
+    found = _prefixes(source) if "://" in source else _folders(source)
     return sorted(found, key=lambda one: (one.changed or 0.0, one.name))
+
+
+def check_form(source: str) -> None:
+    """See whether a source is of a form that can be watched; asks nobody.
+
+    Raises:
+        RecipeError: if it is not.
+    """
+    if source.startswith("mini3h://"):
+        raise RecipeError(f"{source}: is made here and never changes. Watch a folder, s3:// or hf://.")
+    if source.startswith(_HUB):
+        from tasks.watch.revisions import repository
+
+        repository(source)
+    elif "://" in source:
+        Storage(source)
 
 
 def _folders(source: str) -> list[Place]:
@@ -61,21 +79,32 @@ def _folders(source: str) -> list[Place]:
     if not root.is_dir():
         raise CheckpointError(f"{source}: no folder {root}. Check the path, and that its disk is mounted.")
     try:
-        below = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        found = [_folder(path, ITSELF if path == root else path.name) for path in (root, *below)]
+        below = [path for path in root.iterdir() if not path.name.startswith(".")]
     except OSError as error:
-        raise CheckpointError(
-            f"{source}: {error.filename} cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        raise CheckpointError(_unreadable(source, error)) from error
+    found = [_folder(path, ITSELF if path == root else path.name) for path in (root, *below)]
     return [one for one in found if one]
+
+
+def _unreadable(source: str, error: OSError) -> str:
+    return f"{source}: {error.filename} cannot be read ({error.strerror}). Check its permissions."
 
 
 def _folder(folder: Path, name: str) -> Place | None:
     try:
+        if not folder.is_dir():
+            return None
         stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
         own = folder.stat()
     except FileNotFoundError:
         return None  # went while it was looked at; the next look tells
+    except OSError as error:
+        why = _unreadable(str(folder), error)
+
+        def refuse() -> str:
+            raise CheckpointError(why)
+
+        return Place(name, str(folder), stamp="", lacks=refuse)
     if not is_checkpoint(stats):
         return None
     stamps = {file: [one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino] for file, one in stats.items()}

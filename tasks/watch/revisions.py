@@ -5,6 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not marked so
 
 from merging_core.checkpoint import INDEX
 from merging_core.errors import CheckpointError, RecipeError
@@ -14,21 +15,21 @@ from tasks.watch.uploads import missing_parts
 
 
 def revisions(source: str) -> list[Place]:
-    """One place for each commit that a branch or a tag of a repository names, ``main`` first.
+    """One place for each commit that a branch or a tag of a repository names, ``main`` first, then by name.
+
+    When a commit was made is not asked: the Hub tells it only with all of its history.
 
     Raises:
         RecipeError: if ``source`` is not of the form ``hf://org/name`` or ``hf://org/name@revision``.
         CheckpointError: if repository or revision do not exist or need a permission, or the Hub cannot be reached.
     """
-    repo, named = parse(source)
+    repo, named = repository(source)
     try:
         if named:
             commits = {named: _commit(repo, named)}
         else:
             refs = retried(lambda: HfApi().list_repo_refs(repo))
             commits = {one.name: one.target_commit for one in (*refs.branches, *refs.tags)}
-    except HFValidationError as error:
-        raise RecipeError(f"{source}: {repo!r} cannot be the name of a repository. Check the spelling.") from error
     except FAILURES as error:
         raise CheckpointError(failure_text(source, named or constants.DEFAULT_REVISION, error)) from error
     found: dict[str, Place] = {}
@@ -36,6 +37,20 @@ def revisions(source: str) -> list[Place]:
         commit = commits[name]
         found.setdefault(commit, Place(name, f"hf://{repo}@{commit}", commit, lacks=_lacking(repo, commit)))
     return list(found.values())
+
+
+def repository(source: str) -> tuple[str, str | None]:
+    """Repository and revision, if one is named.
+
+    Raises:
+        RecipeError: if ``source`` is not of the form, or no repository can be called so.
+    """
+    repo, named = parse(source)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RecipeError(f"{source}: {repo!r} cannot be the name of a repository. Check the spelling.") from error
+    return repo, named
 
 
 def _commit(repo: str, revision: str) -> str:

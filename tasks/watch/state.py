@@ -1,7 +1,7 @@
 """What is remembered between two looks: which checkpoints are accepted, and the history of all that were scored.
 
-One JSON file in the store, ``watches/<name>/state.json``, written whole by a rename. The scores of accepted checkpoints
-are pinned, so that garbage collection leaves the next comparison its other half.
+One JSON file in the store, ``watches/<name>/state.json``, written whole by a rename. Garbage collection keeps the
+scores of accepted checkpoints, so that the next comparison has its other half.
 """
 
 import json
@@ -9,12 +9,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from merging_core.errors import CheckpointError, RecipeError
-from tasks.collect import pin, unpin
 from tasks.store import Ref, Store, flush
+from tasks.watch.events import Event
 
 STATE_VERSION: Final = 1
 _FOLDER: Final = "watches"
@@ -43,6 +44,8 @@ class Seen:
     before in this source; ``rescored``: the accepted one again, since suite or settings changed."""
     accepted: bool = False
     """Whether it became the accepted one when it was recorded."""
+    caution: str = ""
+    """A sentence on what else than the checkpoint may have changed its scores; mostly empty."""
     against: str = ""
     """Digest of the checkpoint that it was compared with."""
     measure: str = ""
@@ -70,26 +73,20 @@ class State:
     """Source to the time since when it cannot be looked at."""
     history: list[Seen] = field(default_factory=list)
     """Oldest first."""
+    untold: list[Event] = field(default_factory=list)
+    """What was found and nobody was told of yet, oldest first: saved with the finding, removed once it is told."""
+
+    def newest(self, watched: str, place: str) -> Seen | None:
+        """The last line of a place that tells what lay there."""
+        lines = [one for one in self.history if (one.watched, one.place) == (watched, place)]
+        return next((one for one in reversed(lines) if one.verdict != "rescored"), None)
 
     def scored(self, watched: str, digest: str, measure: str = "") -> Seen | None:
         """The newest line of a source with scores of this content, of any measure or of one."""
         lines = [one for one in self.history if (one.watched, one.digest) == (watched, digest) and one.scores]
         return next((one for one in reversed(lines) if measure in ("", one.measure)), None)
 
-    def accept(self, watched: str, digest: str, store: Store) -> None:
-        """Let a scored checkpoint be what later ones are compared with; its scores are pinned, the last one's freed."""
-        before = self.accepted.get(watched)
-        self.accepted[watched] = digest
-        kept = {ref for name in self.accepted for ref in self.refs(name)} | _accepted_elsewhere(self, store)
-        for one in self.history:
-            if (one.watched, one.digest) == (watched, before):
-                for ref in set(one.refs) - kept:
-                    unpin(Ref("scores", ref), store)
-        for ref in self.refs(watched):
-            if store.home(Ref("scores", ref)).exists():
-                pin(Ref("scores", ref), store)
-
-    def approve(self, start: str, store: Store) -> None:
+    def approve(self, start: str) -> None:
         """Accept the checkpoint whose digest begins so, in every source where it was scored.
 
         Raises:
@@ -100,8 +97,7 @@ class State:
             what = "no scored checkpoint matches" if not found else f"{len(found)} scored checkpoints match"
             raise RecipeError(f"approve {start!r}: {what}. Name one as the trend page shows it.")
         [digest] = found
-        for watched in sorted({one.watched for one in self.history if one.digest == digest and one.scores}):
-            self.accept(watched, digest, store)
+        self.accepted |= {one.watched: digest for one in self.history if one.digest == digest and one.scores}
 
     def refs(self, watched: str) -> list[str]:
         """Digests of the scores of a source's accepted checkpoint."""
@@ -132,6 +128,26 @@ def save(state: State, store: Store) -> None:
     flush(path.parent)
 
 
+def accepted_scores(store: Store) -> set[Ref]:
+    """Scores of the accepted checkpoints of every watch.
+
+    Raises:
+        CheckpointError: if what one remembers cannot be read: which scores it needs is not known then.
+    """
+    states = [_read(path) for path in sorted((store.root / _FOLDER).glob("*/state.json"))]
+    return {Ref("scores", digest) for one in states for name in one.accepted for digest in one.refs(name)}
+
+
+def now() -> str:
+    """The time, as histories write it."""
+    return text(datetime.now(UTC))
+
+
+def text(time: datetime) -> str:
+    """A time, as histories write it: ISO 8601 with milliseconds."""
+    return time.isoformat(timespec="milliseconds")
+
+
 def _path(watch: str, store: Store) -> Path:
     return store.root / _FOLDER / watch / "state.json"
 
@@ -141,14 +157,9 @@ def _read(path: Path) -> State:
         plain = json.loads(path.read_text(encoding="utf-8"))
         if plain.pop("version") != STATE_VERSION:
             raise ValueError("it is of another version")
-        return State(**plain | {"history": [Seen(**one) for one in plain["history"]]})
+        history = [Seen(**one) for one in plain["history"]]
+        return State(**plain | {"history": history, "untold": [Event(**one) for one in plain.get("untold", ())]})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error}). Put a backup in its place, or remove it to begin anew."
         ) from error
-
-
-def _accepted_elsewhere(own: State, store: Store) -> set[str]:
-    """Scores that other watches of the store hold on to."""
-    others = [_read(path) for path in (store.root / _FOLDER).glob("*/state.json") if path.parent.name != own.watch]
-    return {ref for other in others for name in other.accepted for ref in other.refs(name)}

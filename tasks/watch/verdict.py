@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tasks.comparison import DIMENSIONS, Difference, Row, Score
+from tasks.comparison import DIMENSIONS, Comparison, Row, Score
 from tasks.comparison.significance import LEVEL, holm
 from tasks.reporting import Entry, compared
 from tasks.store import Ref, Store
@@ -23,6 +23,10 @@ class Change:
     """A 95% interval, of this difference alone."""
     p: float
     """Two-sided; of an H, Holm-corrected over the three."""
+    n: int
+    """Samples that were compared."""
+    left_out: int
+    """Samples that were not, as a judge's reply to one of the two could not be read."""
     outcome: Outcome
     """Of the mean always ``unchanged``: the three H decide."""
     why: str = ""
@@ -33,7 +37,7 @@ class Change:
 
 def measured(model: Ref, scores: Sequence[Ref], suite: Suite, store: Store) -> tuple[dict[str, Score], bool]:
     """Each H and the mean with standard errors, and whether a limit left samples out."""
-    row = _rows(suite, [Entry("new", "merged", model, scores)], store)["new"]
+    row = _new(compared(suite, [Entry("new", "merged", model, scores)], store))
     return row.dimensions | {"mean": row.mean}, row.partial
 
 
@@ -60,26 +64,35 @@ def changes(
         RecipeError, IncompatibleError: if they cannot be compared, see :func:`tasks.comparison.compare`.
     """
     entries = [Entry("accepted", "base", *accepted), Entry("new", "merged", *new)]
-    found = _rows(suite, entries, store)["new"].against_base
-    corrected = holm({place: found[d].p for place, d in enumerate(DIMENSIONS)})
-    tasks = {d: [one.task for one in suite.benchmarks if one.dimension == d] for d in DIMENSIONS}
-    told = {
-        d: _change(found[d], corrected[place], tolerance, {task: found[task].value for task in tasks[d]})
-        for place, d in enumerate(DIMENSIONS)
-    }
-    mean = found["mean"]
-    return told | {"mean": Change(mean.value, mean.low, mean.high, mean.p, "unchanged")}
+    comparison = compared(suite, entries, store)
+    row = _new(comparison)
+    corrected = holm({place: row.against_base[d].p for place, d in enumerate(DIMENSIONS)})
+    told = {}
+    for place, d in enumerate(DIMENSIONS):
+        found, tasks = row.against_base[d], [one.task for one in suite.benchmarks if one.dimension == d]
+        outcome, why = _outcome(found.value, corrected[place], tolerance)
+        told[d] = Change(
+            value=found.value,
+            low=found.low,
+            high=found.high,
+            p=corrected[place],
+            n=row.dimensions[d].n,
+            left_out=sum(comparison.left_out.get(task, 0) for task in tasks),
+            outcome=outcome,
+            why=why,
+            benchmarks={task: row.against_base[task].value for task in tasks},
+        )
+    mean, left_out = row.against_base["mean"], sum(comparison.left_out.values())
+    return told | {"mean": Change(mean.value, mean.low, mean.high, mean.p, row.mean.n, left_out, "unchanged")}
 
 
-def _rows(suite: Suite, entries: Sequence[Entry], store: Store) -> dict[str, Row]:
-    return {row.name: row for row in compared(suite, entries, store).rows}
+def _new(comparison: Comparison) -> Row:
+    return next(row for row in comparison.rows if row.name == "new")
 
 
-def _change(found: Difference, p: float, tolerance: float | None, benchmarks: dict[str, float]) -> Change:
-    outcome: Outcome = "unchanged"
-    why = ""
-    if p < LEVEL and found.value != 0:
-        outcome, why = ("improved" if found.value > 0 else "regressed"), "significant"
-    elif tolerance is not None and found.value < -tolerance:
-        outcome, why = "regressed", "beyond the tolerance"
-    return Change(found.value, found.low, found.high, p, outcome, why, benchmarks)
+def _outcome(value: float, p: float, tolerance: float | None) -> tuple[Outcome, str]:
+    if p < LEVEL and value != 0:
+        return ("improved" if value > 0 else "regressed"), "significant"
+    if tolerance is not None and value < -tolerance:
+        return "regressed", "beyond the tolerance"
+    return "unchanged", ""

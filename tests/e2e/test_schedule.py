@@ -174,7 +174,7 @@ def shown(client, run):
     from prefect.client.schemas.filters import ArtifactFilter
 
     [artifact] = client.read_artifacts(
-        artifact_filter=ArtifactFilter(flow_run_id={"any_": [run.id]}, key={"any_": ["trend"]})
+        artifact_filter=ArtifactFilter(flow_run_id={"any_": [run.id]}, key={"any_": ["trend-nightly"]})
     )
     return artifact.data
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,7 +103,9 @@ def snapshot(client):
         one.name: (one.id, one.entrypoint, one.paused, len(one.schedules), one.work_pool_name, tuple(one.tags))
         for one in client.read_deployments()
     }
-    automations = sorted((one.name, one.id) for one in client.read_automations())
+    # With the ids of their triggers, under which a server counts what it is waiting for.
+    answer = client._client.post("/automations/filter", json={"limit": 200})
+    automations = sorted((one["name"], one["id"], one["trigger"]["id"]) for one in answer.json())
     pools = sorted((one.name, one.type, json.dumps(one.base_job_template)) for one in client.read_work_pools())
     limits = sorted((one.name, one.limit) for one in client.read_global_concurrency_limits(limit=50, offset=0))
     return deployments, automations, pools, limits
@@ -254,13 +257,21 @@ def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_t
         ours.decide(run, "perhaps")
     assert ours.read(run).state == "PAUSED"
     assert not target.exists()
+    # It waits in the database, with no process of its own.
+    until(lambda: not [line for line in server.processes().values() if run.id in line or "flow-run execute" in line])
     ours.decide(run, "promote", "beats the base")
     first = server.wait(run.id)
     assert first["state_type"] == "COMPLETED", first["state"]
+    assert first["run_count"] == 2
     assert (target / "model.safetensors").is_file()
     shown = {one["key"]: one for one in artifacts(server, first)}
     assert {"plan", "leaderboard", "leaderboard-table", "model", "recipe", "lineage", "decision"} <= set(shown)
     assert "beats the base" in shown["decision"]["data"]
+    # What was shown before the decision is not shown again, and a model is published once.
+    times = Counter(one["key"] for one in artifacts(server, first))
+    assert {key: times[key] for key in ("plan", "leaderboard", "model", "decision", "publication")} == {
+        **dict.fromkeys(("plan", "leaderboard", "model", "decision", "publication"), 1)
+    }
     # A merge, three models on six benchmarks, a comparison and a report.
     assert shown["plan"]["description"] == "21 to compute, 0 to reuse"
 
@@ -271,17 +282,18 @@ def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_t
     # The whole of what is left when nothing has to be computed, start-up of the process aside. The machine may be busy
     # with something else: of three times the best counts.
     plain = merge_request(models, 1, suite="3h-mini", limit=2)
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=9) >= 3:
+    seconds, each = [], []
+    while len(seconds) < 3 and (min(seconds, default=9) >= 3 or min(each) >= 0.05):
         again = server.wait(ours.trigger("merge-and-evaluate", plain).id)
         assert again["state_type"] == "COMPLETED"
         seconds.append(parsed(again["end_time"]) - parsed(again["start_time"]))
-    tasks = task_runs(server, again)
-    assert {one["name"] for one in tasks if one["state_name"] == "Completed"} == {"publish"}
-    spent = [one["total_run_time"] for one in tasks if one["state_name"] == "Cached"]
-    print(f"cached: {seconds} s in all, {len(spent)} cached tasks, {sum(spent) / len(spent) * 1000:.0f} ms each")
+        tasks = task_runs(server, again)
+        assert {one["name"] for one in tasks if one["state_name"] == "Completed"} == {"publish"}
+        spent = [one["total_run_time"] for one in tasks if one["state_name"] == "Cached"]
+        each.append(sum(spent) / len(spent))
+    print(f"cached: {seconds} s in all, {len(spent)} cached tasks, {each} s each")
     assert min(seconds) < 3
-    assert sum(spent) / len(spent) < 0.05
+    assert min(each) < 0.05
 
 
 def task_runs(server, run):
@@ -303,15 +315,22 @@ def parsed(text):
     return datetime.fromisoformat(text).timestamp()
 
 
-def test_a_run_whose_machine_was_lost_starts_again(server, client):
-    from prefect.states import Crashed
+def test_a_run_whose_machine_was_lost_starts_again_but_not_for_ever(server, client):
+    from prefect.states import Crashed, Pending, Running
 
     place = client.read_deployment_by_name("store-verify/store-verify").id
     body = {"state": {"type": "RUNNING"}}
-    run = server.call("POST", f"/deployments/{place}/create_flow_run", body)
-    # What the first automation says of it after ten minutes of silence.
-    client.set_flow_run_state(uuid.UUID(run["id"]), Crashed(message="No sign of life for ten minutes."), force=True)
-    assert server.wait(run["id"], states=("COMPLETED",))["run_count"] == 2
+    often, run = (server.call("POST", f"/deployments/{place}/create_flow_run", body)["id"] for _ in range(2))
+    for _ in range(5):
+        for state in (Pending(), Running()):
+            client.set_flow_run_state(uuid.UUID(often), state, force=True)
+    assert server.call("GET", f"/flow_runs/{often}")["run_count"] == 6
+    for one in (often, run):
+        # What the first automation says of it after ten minutes of silence.
+        client.set_flow_run_state(uuid.UUID(one), Crashed(message="No sign of life for ten minutes."), force=True)
+    assert server.wait(run, states=("COMPLETED",))["run_count"] == 2
+    # It was heard of before the other one, and what kills every process that it gets is not given more of them.
+    assert server.call("GET", f"/flow_runs/{often}")["state_type"] == "CRASHED"
 
 
 def test_trigger_waits_and_tells_what_came_of_it(server):
@@ -364,11 +383,9 @@ def test_a_parent_gets_from_the_gpu_pool_what_its_store_lacks_and_asks_once(serv
         parent(Store(server.folder / "far away"))
 
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-
-
 @pytest.fixture(scope="module")
 def page(server):
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     if not CHROMIUM.exists():
         pytest.skip(f"no Chromium at {CHROMIUM}")
     with playwright.sync_playwright() as started:

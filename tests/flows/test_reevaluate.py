@@ -18,7 +18,9 @@ from tasks.collect import pinned
 from tasks.comparison import DIMENSIONS
 from tasks.steps import Direct
 from tasks.store import Store
-from tasks.watch.looks import IMPROVED, REGRESSED, UNREACHABLE, Laboratory, look_around
+from tasks.watch.events import IMPROVED, REGRESSED, UNREACHABLE
+from tasks.watch.looks import look_around
+from tasks.watch.records import Laboratory
 from tasks.watch.state import remembered
 from tests.tasks.hub_stand_in import Hub
 from tests.tasks.remote.conftest import BUCKET, s3, s3_server  # noqa: F401
