@@ -32,6 +32,8 @@ $(MERGEKIT)/.installed: $(VENV)/.installed
 	touch $@
 
 # The main job: train the mini-3H world, merge by every method, evaluate, report; then use one of the merges.
+# One thread: the models are small, and several would mostly wait for each other.
+demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/.installed
 	$(BIN)/tripoise bench recipes/mini-3h-quick.yaml --out $(OUT)/report --replace
 	$(BIN)/tripoise merge $(OUT)/report/recipes/r_tsvm-embeddings-mean.yaml --out $(OUT)/r_tsvm --replace

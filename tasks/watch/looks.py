@@ -49,8 +49,7 @@ def look_around(
             _note_unreachable(one, str(error), state, found)
             _tell_all(state, laboratory.store, found, tell)
             continue
-        if state.unreachable.pop(one.name, None):  # of what is over nobody needs to be told any more
-            state.untold = [event for event in state.untold if (event.name, event.model) != (UNREACHABLE, one.name)]
+        state.unreachable.pop(one.name, None)
         state.places[one.name] = {place.name: known[place.name] for place in places if place.name in known}
         visit = Visit(one, terms, laboratory, state, found)
         for place in places:

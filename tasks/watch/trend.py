@@ -15,8 +15,8 @@ from tasks.watch.state import State
 
 TREND_VERSION: Final = 2
 _EQUAL: Final = {
-    "never": "So of checkpoints that are no different from the accepted one at all, up to about one in twenty is called "
-    "different by chance. ",
+    "never": "So of checkpoints that are no different from the accepted one at all, up to about one in twenty is "
+    "called different by chance. ",
     "automatic-if-not-worse": "The accepted one is the best of several means on these same samples, and flattered by "
     "that: in a simulation of checkpoints that are all equally good (250 samples for each H), 6% of the first five and "
     "13% of the next 25 were called regressed. ",

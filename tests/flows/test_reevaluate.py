@@ -3,25 +3,30 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from flows.pipeline import Exam
 from flows.watch_parameters import Watch, load_watch
 from flows.watching import look_again
 from merging_core.errors import CheckpointError, RecipeError
-from tasks.collect import pinned
 from tasks.comparison import DIMENSIONS
+from tasks.scores import SAMPLES_FILE
 from tasks.steps import Direct
-from tasks.store import Store
+from tasks.store import MANIFEST, Store, record_file
 from tasks.watch.events import IMPROVED, REGRESSED, UNREACHABLE
 from tasks.watch.looks import look_around
 from tasks.watch.records import Laboratory
-from tasks.watch.state import remembered
+from tasks.watch.state import accepted_scores, remembered
 from tests.tasks.hub_stand_in import Hub
 from tests.tasks.remote.conftest import BUCKET, s3, s3_server  # noqa: F401
 from tests.tasks.watch.tiny import ALL, share, watch_file, without, write_model, write_suite
@@ -133,7 +138,7 @@ def test_an_improvement_is_told_accepted_and_what_the_next_is_compared_with(look
     write_model(runs / "step-3", without("fh"), seed=3)
     assert verdicts(look()) == [("step-3", "regressed", False)]
     # Only the scores of the accepted one are kept from garbage collection.
-    assert {ref.digest for ref in pinned(store)} == set(found.recorded[0].refs)
+    assert {ref.digest for ref in accepted_scores(store)} == set(found.recorded[0].refs)
 
 
 def test_where_nothing_is_accepted_by_itself_a_person_approves(look, runs, store):
@@ -264,8 +269,10 @@ def test_an_accepted_one_that_cannot_be_scored_again_is_not_replaced_silently(lo
     accepted = state_of(store)["accepted"]
     shutil.rmtree(runs / "step-1")
     write_model(runs / "step-2", without("e"), seed=2)
+    write_model(runs / "step-2b", without("e"), seed=5)
     found = look(limit=20)
-    assert verdicts(found) == [("step-2", "unjudged", False)]
+    assert verdicts(found) == [("step-2", "unjudged", False), ("step-2b", "unjudged", False)]
+    assert len(found.warnings) == 1, "it is tried once, not for every new one"
     assert "the accepted checkpoint cannot be scored on this suite any more" in found.warnings[0]
     assert state_of(store)["accepted"] == accepted
     # On the suite that it was scored on, its scores are still there.
@@ -289,10 +296,111 @@ def test_what_was_told_before_a_crash_is_told_again_under_the_same_id_and_comput
     with pytest.raises(Crash):
         look_again(watch, Direct(store), tell)
     made = num_scores(store)
-    assert verdicts(look()) == [("step-2", "regressed", False)]
+    assert [one["verdict"] for one in state_of(store)["history"]] == ["first", "regressed"]
+    assert verdicts(look()) == []
     assert num_scores(store) == made
-    assert told[0].id == told[1].id
-    assert told[0].payload == told[1].payload
+    assert len(told) == 2
+    assert (told[0], told[0].id) == (told[1], told[1].id)
+    look()
+    assert len(told) == 2
+
+
+def test_what_could_not_be_told_is_a_warning_and_told_by_the_next_look_under_the_same_id(look, runs, store):
+    look()
+    write_model(runs / "step-2", without("e"), seed=2)
+    watch = load_watch(watch_file(runs.parent, {"tuned": str(runs)}))
+
+    def refuse(event):
+        raise ConnectionError("nobody there")
+
+    _, found = look_again(watch, Direct(store), refuse)
+    assert verdicts(found) == [("step-2", "regressed", False)]
+    assert found.warnings == [
+        "1 events could not be told (ConnectionError: nobody there). Check the server; the next run tells them."
+    ]
+    # A look that has nobody to tell keeps it too.
+    assert look_again(watch, Direct(store), None)[1].warnings == []
+    assert look().warnings == []
+    assert [event.id for event in look.told] == [event.id for event in found.events]
+
+
+def test_a_folder_that_is_empty_where_checkpoints_were_is_unreachable_and_stays_remembered(look, runs, store):
+    other = write_model(runs.parent / "others" / "one", seed=7).parent
+    sources = {"unmounted": str(other), "tuned": str(runs)}
+    look(sources)
+    (other / "one").rename(runs.parent / "away")
+    [warning] = look(sources).warnings
+    assert "holds no checkpoints any more, before it held one. Check that its disk is mounted" in warning
+    assert [(event.name, event.model) for event in look.told] == [(UNREACHABLE, "unmounted")]
+    (runs.parent / "away").rename(other / "one")
+    made = num_scores(store)
+    found = look(sources)
+    assert (verdicts(found), found.warnings, num_scores(store)) == ([], [], made)
+
+
+def test_a_source_of_no_known_form_is_refused_before_any_is_looked_at(look, runs, store):
+    for wrong in ("hf://tuned", "hf://org/-tuned", "nosuch://bucket/runs"):
+        with pytest.raises(RecipeError):
+            look({"tuned": str(runs), "wrong": wrong})
+    assert num_scores(store) == 0
+
+
+def test_a_change_of_what_a_benchmark_counts_scores_the_accepted_one_again(look, runs, store):
+    look()
+    path = runs.parent / "suite" / "suite.yaml"
+    suite = yaml.safe_load(path.read_text())
+    suite["benchmarks"][0]["higher_is_better"] = False
+    path.write_text(yaml.safe_dump(suite))
+    write_model(runs / "step-2", without("e"), seed=2)
+    [again, new] = look().recorded
+    assert (again.verdict, new.against) == ("rescored", again.digest)
+    assert (again.scores["helpful"]["value"], new.verdict) == (0, "improved")
+    assert again.measure != state_of(store)["history"][0]["measure"]
+
+
+def test_other_versions_of_the_libraries_are_said_beside_a_verdict(look, runs, store):
+    first = look().recorded[0]
+    for ref in first.refs:
+        path = store.root / "scores" / ref / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["versions"]["torch"] = "1.0"
+        path.write_text(json.dumps(manifest))
+    write_model(runs / "step-2", without("e"), seed=2)
+    found = look()
+    [new] = found.recorded
+    assert new.caution.startswith("the accepted one was scored with torch 1.0, this one with 2.")
+    assert found.warnings == [f"tuned, step-2: {new.caution}"]
+    assert new.caution in (look.page / "trend.html").read_text()
+
+
+def test_samples_without_a_verdict_are_left_out_and_counted(look, runs, store):
+    first = look().recorded[0]
+    # As a judge leaves it whose replies to three questions could not be read.
+    folder = store.root / "scores" / first.refs[0]
+    rows = pq.read_table(folder / SAMPLES_FILE).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | {"value": None} for row in rows[:3]] + rows[3:]), folder / SAMPLES_FILE)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][SAMPLES_FILE] = record_file(folder / SAMPLES_FILE)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_model(runs / "step-2", without("e"), seed=2)
+    [new] = look().recorded
+    counted = {key: (one["n"], one["left_out"]) for key, one in new.changes.items()}
+    assert counted == {"helpful": (37, 3), "honest": (40, 0), "harmless": (40, 0), "mean": (117, 3)}
+    [event] = look.told
+    assert (event.payload["n"], event.payload["left_out"]) == (37, 3)
+    assert "over 37, 3 left out: no verdict" in (look.page / "trend.html").read_text()
+
+
+def test_a_place_that_goes_back_to_an_earlier_content_is_recorded(look, runs):
+    look()
+    kept = (runs / "step-1").rename(runs.parent / "kept")
+    write_model(runs / "step-1", without("e"), seed=2)
+    assert verdicts(look()) == [("step-1", "regressed", False)]
+    shutil.rmtree(runs / "step-1")
+    shutil.copytree(kept, runs / "step-1")
+    assert verdicts(look()) == [("step-1", "copy", False)]
+    os.utime(runs / "step-1" / "config.json")
+    assert verdicts(look()) == []
 
 
 def test_the_trend_is_a_page_without_network_a_table_and_a_record(look, runs):
@@ -385,7 +493,12 @@ def test_two_runs_at_the_same_time_evaluate_once(runs, tmp_path):
         )
         for name in ("first", "second")
     ]
-    summaries = [json.loads(process.communicate(timeout=300)[0]) for process in both]
+    try:
+        summaries = [json.loads(process.communicate(timeout=300)[0]) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(len(one["recorded"]) for one in summaries) == [0, 1]
     assert sorted(one["reused"] for one in summaries) == [False, True]
@@ -455,6 +568,43 @@ def test_the_flow_completes_with_warnings_where_a_source_is_gone_and_fails_where
     assert state.type.value == "FAILED"
     state = reevaluate(Watch.model_validate(plain | {"sources": sources[:1]}), return_state=True)
     assert (state.type.value, state.name, state.result()["recorded"]) == ("COMPLETED", "Completed", [])
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_what_a_look_without_a_server_found_is_told_to_the_server_by_the_next_run(tripoise, runs, monkeypatch):
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.reevaluate import _tell, reevaluate
+
+    store = Store(runs.parent / "store")
+    file = watch_file(runs.parent, {"tuned": str(runs)})
+    assert tripoise("reevaluate", file, "--out", runs.parent / "out")[0] == 0
+    write_model(runs / "step-2", without("e"), seed=2)
+    assert tripoise("reevaluate", file, "--out", runs.parent / "out")[0] == 0
+    with remembered("nightly", store) as state:
+        [untold] = state.untold
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"http://127.0.0.1:{closed.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: nowhere}), pytest.raises(httpx.HTTPError):
+            _tell(untold)
+    monkeypatch.setenv("TRIPOISE_STORE", str(store.root))
+    state = reevaluate(load_watch(file), return_state=True)
+    assert (state.name, state.result()["recorded"]) == ("Completed", [])
+    assert state_of(store)["untold"] == []
+
+    def arrived():
+        asked = {"filter": {"event": {"name": [REGRESSED]}}}
+        with get_client(sync_client=True) as client:
+            return client.request("POST", "/events/filter", json=asked).json()["events"]
+
+    deadline = time.monotonic() + 60
+    while not (found := arrived()):
+        assert time.monotonic() < deadline, "the event did not arrive"
+        time.sleep(0.2)
+    assert [(one["id"], one["payload"]) for one in found] == [(str(untold.id), untold.payload)]
+    assert [one["prefect.resource.id"].rpartition(".")[0] for one in found[0]["related"]] == ["prefect.flow-run"]
 
 
 def test_the_shipped_watch_file_is_a_watch():

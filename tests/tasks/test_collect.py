@@ -12,6 +12,7 @@ from tasks.collect import collect, pin, pinned, unpin
 from tasks.judges.kept import REPLIES, KeptReplies
 from tasks.lineage import lineage_mermaid, lineage_text
 from tasks.store import MANIFEST, Ref, Store
+from tasks.watch.state import Seen, State, save
 
 
 def put(store, kind, name, *parents, days=100):
@@ -201,3 +202,24 @@ def test_lineage_says_where_a_parent_is_gone(store, old):
 def test_looking_for_an_artifact_creates_no_store(tmp_path):
     assert Store(tmp_path / "none").find("merged", {"name": "x"}) is None
     assert not (tmp_path / "none").exists()
+
+
+def test_scores_that_a_watch_accepted_stay_and_pins_are_a_persons_own(store, old, ended):
+    line = {"time": "", "watched": "tuned", "place": "a", "origin": "", "verdict": "first"}
+    state = State("nightly", accepted={"tuned": "a" * 64})
+    state.history.append(Seen(**line, digest="a" * 64, refs=[old["scores"].digest]))
+    save(state, store)
+    pin(old["alone"], store)
+    assert ended(store, 30, delete=False)[0] == set()
+    state.accepted["tuned"] = "b" * 64
+    save(state, store)
+    assert ended(store, 30, delete=False)[0] == {old["expert"], old["merged"], old["scores"]}
+    assert pinned(store) == [old["alone"]]
+
+
+def test_nothing_is_removed_where_it_is_not_known_what_a_watch_needs(store, old):
+    save(State("nightly"), store)
+    (store.root / "watches" / "nightly" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        collect(store, 0, delete=True)
+    assert set(store.refs()) == set(old.values())

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,24 @@ def test_a_folder_that_is_not_there_is_an_error_that_says_so(tmp_path):
         look(str(tmp_path / "gone"))
     with pytest.raises(RecipeError, match="is made here and never changes"):
         look("mini3h://base")
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_found():
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        runs.chmod(0o755)
+        write_model(runs / "step-1")
+        (runs / "lost+found").mkdir(mode=0o000)
+        user = os.geteuid()
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        try:
+            found = {one.name: one for one in look(folder)}
+            assert set(found) == {"step-1", "lost+found"}
+            with pytest.raises(CheckpointError, match=r"lost\+found cannot be read \(Permission denied\)"):
+                found["lost+found"].lacks()
+        finally:
+            os.seteuid(user)
 
 
 def test_prefixes_of_a_prefix_are_places_with_the_storages_own_times_and_versions(s3, model):  # noqa: F811
