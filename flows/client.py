@@ -25,6 +25,7 @@ _FINAL: Final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _POLL_SECONDS: Final = 2.0
 _TIMEOUT_SECONDS: Final = 60.0
 _GRACE_SECONDS: Final = 30.0
+_SETTLE_SECONDS: Final = 5.0
 _PAUSES_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -139,7 +140,11 @@ class Client:
             if now.state != "CRASHED":
                 alive = time.monotonic()
             lost = now.state == "CRASHED" and time.monotonic() - alive < _GRACE_SECONDS
-            if now.state == "PAUSED" or (now.is_final and not lost):
+            if now.state == "PAUSED":
+                # Its process is still ending; who decides before it has gone upsets Prefect's worker.
+                time.sleep(_SETTLE_SECONDS)
+                return now
+            if now.is_final and not lost:
                 return now
             if deadline is not None and time.monotonic() > deadline:
                 raise CheckpointError(f"run {now.name}: still {now.state} after {timeout:g} s. Look at it in the UI.")

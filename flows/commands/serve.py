@@ -30,14 +30,15 @@ def serve(
         with installation(host, port) as found:
             os.environ.update({name: value for name, value in found.environment.items() if name.startswith("PREFECT_")})
             # Takes seconds, in which the server starts.
-            from flows.deploying.apply import apply, server
+            from flows.deploying.apply import apply, limit_light_runs, server
             from flows.deploying.declared import SHIPPED, read_declared
 
             declared = read_declared(folder or SHIPPED, "local")
             found.await_health()
             with server() as client:
                 apply(declared, client, gpus or 1)
-            start_workers(found, limit, gpus)
+                limit_light_runs(limit, client)
+            start_workers(found, gpus)
             typer.echo(f"Tripoise is at http://{host}:{port} (API: {found.url}). Ctrl-C stops it.")
             while True:
                 found.check()

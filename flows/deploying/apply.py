@@ -81,6 +81,11 @@ def apply(declared: Declared, client: SyncPrefectClient, gpus: int | None = None
     return done
 
 
+def limit_light_runs(limit: int, client: SyncPrefectClient) -> None:
+    """Set how many runs of the cpu pool may be under way at the same time, over all its workers."""
+    client.update_work_pool("tripoise-cpu", WorkPoolUpdate(concurrency_limit=limit))
+
+
 def _apply_pool(pool: Pool, client: SyncPrefectClient) -> str:
     try:
         there = client.read_work_pool(pool.name)

@@ -131,18 +131,18 @@ def put_back(pids: Container[str]) -> None:
                 client.set_flow_run_state(run.id, state, force=True)
 
 
-def start_workers(found: Installation, limit: int, gpus: int | None) -> None:
+def start_workers(found: Installation, gpus: int | None) -> None:
     """One worker for light runs, and one for each GPU, whose runs see that GPU alone.
 
     Args:
         found: a running installation.
-        limit: light runs at the same time.
         gpus: how many GPUs there are; None: heavy runs share this machine one at a time, and light runs that need a
             merge or an evaluation make it themselves instead of starting another run.
     """
     worker = ("worker", "start", "--type", "process", "--install-policy", "never")
     steps = {} if gpus is None else {"TRIPOISE_GPU_STEPS": "deployments"}
-    found.start("worker cpu", *worker, "--pool", "tripoise-cpu", "--name", "cpu", "--limit", str(limit), **steps)
+    # No limit of its own: such a worker ends when a run that waited comes back before its first process has gone.
+    found.start("worker cpu", *worker, "--pool", "tripoise-cpu", "--name", "cpu", **steps)
     for number in range(gpus or 1):
         visible = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": str(number)}
         name = f"gpu-{number}"

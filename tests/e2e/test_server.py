@@ -11,7 +11,9 @@ import sys
 import time
 import uuid
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -258,24 +260,22 @@ def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_t
     assert ours.read(run).state == "PAUSED"
     assert not target.exists()
     # It waits in the database, with no process of its own.
-    until(lambda: not [line for line in server.processes().values() if run.id in line or "flow-run execute" in line])
+    until(lambda: not processes_of(server, run.id))
     ours.decide(run, "promote", "beats the base")
     first = server.wait(run.id)
     assert first["state_type"] == "COMPLETED", first["state"]
-    assert first["run_count"] == 2
     assert (target / "model.safetensors").is_file()
     shown = {one["key"]: one for one in artifacts(server, first)}
     assert {"plan", "leaderboard", "leaderboard-table", "model", "recipe", "lineage", "decision"} <= set(shown)
     assert "beats the base" in shown["decision"]["data"]
     # What was shown before the decision is not shown again, and a model is published once.
     times = Counter(one["key"] for one in artifacts(server, first))
-    assert {key: times[key] for key in ("plan", "leaderboard", "model", "decision", "publication")} == {
-        **dict.fromkeys(("plan", "leaderboard", "model", "decision", "publication"), 1)
-    }
+    assert [times[key] for key in ("plan", "leaderboard", "model", "decision", "publication")] == [1] * 5
     # A merge, three models on six benchmarks, a comparison and a report.
     assert shown["plan"]["description"] == "21 to compute, 0 to reuse"
 
     rejected = ours.wait(ours.trigger("merge-and-evaluate", merge_request(models, 1, **asked)), timeout=300)
+    until(lambda: not processes_of(server, rejected.id))
     ours.decide(rejected, "reject")
     assert "published: rejected" in server.wait(rejected.id)["state"]["message"]
 
@@ -449,6 +449,16 @@ def children(number):
     return []
 
 
+def processes_of(server, run):
+    """Those that a worker started for one run."""
+    mark, found = f"PREFECT__FLOW_RUN_ID={run}".encode(), []
+    for number in server.processes():
+        with suppress(OSError):
+            if mark in Path(f"/proc/{number}/environ").read_bytes().split(b"\0"):
+                found.append(number)
+    return found
+
+
 def until(what, seconds=180):
     deadline = time.monotonic() + seconds
     while not (found := what()):
@@ -457,28 +467,75 @@ def until(what, seconds=180):
     return found
 
 
-def test_a_training_that_is_cancelled_ends_with_all_its_processes_and_frees_the_gpu(server, client, models, tmp_path):
-    (tmp_path / "lessons.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 2)
+def test_a_step_whose_run_is_cancelled_or_crashes_is_waited_for_as_long_as_its_parent_runs(server, client, models):
+    from prefect import flow
+    from prefect.states import AwaitingRetry, Cancelled, Crashed
+
+    from flows.pipeline import Kitchen, pin_recipe
+    from flows.pools import OnPools
+
+    recipe = parse_recipe({"base": str(models / "base"), "experts": {"a": str(models / "honest")}, "method": "linear"})
+
+    @flow
+    def parent(store):
+        run = OnPools(store)
+        return Kitchen(run, *pin_recipe(recipe, run)).merge(recipe)
+
+    def asked(number):
+        body = {
+            "deployments": {"name": {"any_": ["merge"]}},
+            "flow_runs": {"state": {"type": {"not_any_": ["COMPLETED"]}}},
+        }
+        found = server.call("POST", "/flow_runs/filter", body | {"sort": "EXPECTED_START_TIME_ASC"})
+        found = [one for one in found if (one["idempotency_key"] or "").startswith("merged-")]
+        return uuid.UUID(found[number]["id"]) if len(found) > number else None
+
+    def waits():
+        lines = server.call("POST", "/logs/filter", {"sort": "TIMESTAMP_DESC"})
+        return any("to start again" in one["message"] for one in lines)
+
+    server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": True})
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(copy_context().run, parent, Store(server.store))
+            client.set_flow_run_state(until(lambda: asked(0)), Cancelled(), force=True)
+            again = until(lambda: asked(1))
+            client.set_flow_run_state(again, Crashed(), force=True)
+            until(waits)
+            client.set_flow_run_state(again, AwaitingRetry(), force=True)
+            server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": False})
+            assert future.result(180) in Store(server.store).refs("merged")
+    finally:
+        server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": False})
+
+
+def endless_training(models, folder):
+    (folder / "lessons.jsonl").write_text('{"prompt": "a b", "completion": "c d"}\n' * 2)
     recipe = {
         "base": str(models / "base"),
-        "datasets": [{"name": "lessons", "source": str(tmp_path / "lessons.jsonl")}],
+        "datasets": [{"name": "lessons", "source": str(folder / "lessons.jsonl")}],
         "num_documents": 2,
         # One step of so many parts that nobody waits for its end.
         "training": {"batch_size": 40_000, "accumulation": 40_000, "epochs": 20_000, "max_tokens": 8},
     }
+    return {"request": {"recipe": recipe}}
 
+
+def training(server):
+    """The processes that train, which get no environment of the server's."""
+    below = [one for number in server.processes() for one in children(number)]
+    return [one for one in below if "tasks.training.worker" in " ".join(one.cmdline())]
+
+
+def test_a_training_that_is_cancelled_ends_with_all_its_processes_and_frees_the_gpu(server, client, models, tmp_path):
     def busy():
         limit = client.read_global_concurrency_limit_by_name("tripoise-gpu")
         return limit.active_slots
 
-    def training():
-        """The processes that train, which get no environment of the server's."""
-        below = [one for number in server.processes() for one in children(number)]
-        return [one for one in below if "tasks.training.worker" in " ".join(one.cmdline())]
-
     place = client.read_deployment_by_name("train/train").id
-    run = server.call("POST", f"/deployments/{place}/create_flow_run", {"parameters": {"request": {"recipe": recipe}}})
-    [worker] = until(training)
+    body = {"parameters": endless_training(models, tmp_path)}
+    run = server.call("POST", f"/deployments/{place}/create_flow_run", body)
+    [worker] = until(lambda: training(server))
     assert busy() == 1
     checkpoints = Store(server.store).refs("checkpoint")
     server.call("POST", f"/flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING"}})
@@ -491,19 +548,33 @@ def test_a_training_that_is_cancelled_ends_with_all_its_processes_and_frees_the_
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_it_stops_cleanly_and_what_ran_starts_again(server, ours, models):
-    run = ours.trigger("merge-and-evaluate", merge_request(models, 1, suite="3h-mini", limit=2, publish_to="/nowhere"))
-    server.wait(run.id, states=("PAUSED",))
+def test_it_stops_cleanly_what_ran_starts_again_and_what_waits_for_a_decision_waits(server, ours, models, tmp_path):
+    from flows.client import Client
+
+    target = server.folder / "promoted later"
+    asked = {"suite": "3h-mini", "limit": 2, "publish_to": str(target)}
+    waiting = ours.wait(ours.trigger("merge-and-evaluate", merge_request(models, 1, **asked)), timeout=300)
+    assert waiting.state == "PAUSED", waiting
+    running = ours.trigger("train", endless_training(models, tmp_path))
+    [worker] = until(lambda: training(server))
+    assert processes_of(server, running.id)
     assert len(server.processes()) > 3
     assert server.stop() == 0
     assert server.processes() == {}
+    assert not worker.is_running()
     import sqlite3
 
     with sqlite3.connect(server.folder / "prefect" / "prefect.db") as database:
         assert dict(database.execute("SELECT paused, count(*) FROM deployment GROUP BY paused")) == {
             0: len(declared().deployments)
         }
-        found = database.execute(
-            "SELECT state_type, state_name FROM flow_run WHERE name LIKE 'linear%' ORDER BY created"
-        )
-        assert found.fetchall()[-1] == ("SCHEDULED", "AwaitingRetry")
+        found = dict(database.execute("SELECT id, state_name FROM flow_run"))
+    assert [found[one.id] for one in (waiting, running)] == ["Suspended", "AwaitingRetry"]
+
+    with served(server.folder) as again, Client(again.api, f"{USER}:{PASSWORD}") as client:
+        client.decide(waiting, "promote")
+        done = again.wait(waiting.id)
+        assert done["state_type"] == "COMPLETED", done["state"]
+        assert (target / "model.safetensors").is_file()
+        assert again.wait(running.id, states=("RUNNING",))["run_count"] == 2
+    assert again.processes() == {}

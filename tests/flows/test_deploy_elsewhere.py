@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flows.commands.trigger import set_at
+from flows.commands.trigger import merged, set_at
 from flows.elsewhere import merge_request
 from flows.evaluate import Evaluate
 from flows.parameters import Bench, Decompose, Merge, MergeAndEvaluate
@@ -141,6 +141,19 @@ def vectors_step(family, store):
     recipe = recipe_of(family, {"name": "tsvm"})
     Kitchen(recorder, *pin_recipe(recipe, recorder)).merge(recipe)
     return next(step for step in recorder.steps if step.kind == "task-vectors")
+
+
+def test_parameters_of_a_file_are_merged_into_those_of_the_deployment_at_every_depth():
+    preset = {"request": {"recipe": {"base": "b", "method": {"name": "ties"}, "experts": [1, 2]}, "suite": "3h-mini"}}
+    given = {"request": {"recipe": {"method": {"density": 0.3}, "experts": [3]}, "limit": 4}}
+    assert merged(preset, given) == {
+        "request": {
+            "recipe": {"base": "b", "method": {"name": "ties", "density": 0.3}, "experts": [3]},
+            "suite": "3h-mini",
+            "limit": 4,
+        }
+    }
+    assert merged(preset, {"request": {"suite": None}})["request"] == preset["request"] | {"suite": None}
 
 
 def test_a_parameter_is_set_by_its_path_and_its_value_is_yaml():
