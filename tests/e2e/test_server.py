@@ -11,9 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from contextvars import copy_context
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -356,31 +354,41 @@ def test_trigger_waits_and_tells_what_came_of_it(server):
     assert server.call("GET", f"/flow_runs/{run['id']}")["parameters"] == {"request": {"keep_days": 1}}
 
 
-def test_a_parent_gets_from_the_gpu_pool_what_its_store_lacks_and_asks_once(server, client, models):
-    from prefect import flow
-
-    from flows.pipeline import Kitchen, pin_recipe
-    from flows.pools import OnPools
-
-    recipe = parse_recipe(
-        {"base": str(models / "base"), "experts": {"harmless": str(models / "harmless")}, "method": "linear"}
+@contextmanager
+def asking(server, store, folder, models, expert):
+    """A parent at work, in a process of its own."""
+    recipe = {"base": str(models / "base"), "experts": {"a": str(models / expert)}, "method": "linear"}
+    (folder / "recipe.json").write_text(json.dumps(recipe))
+    settings = {"PREFECT_API_URL": server.api, "PREFECT_API_AUTH_STRING": f"{USER}:{PASSWORD}"}
+    command = [sys.executable, "-m", "tests.e2e.parent_of_a_step", str(folder / "recipe.json"), str(store)]
+    process = subprocess.Popen(
+        command,
+        env=environment(server.folder) | settings,
+        cwd=DOCS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
-    @flow
-    def parent(store):
-        run = OnPools(store)
-        first, again = (Kitchen(run, *pin_recipe(recipe, run)).merge(recipe) for _ in range(2))
-        assert first == again
-        return first
 
-    ref = parent(Store(server.store))
-    key = f"{ref.kind}-{ref.digest}"
+def test_a_parent_gets_from_the_gpu_pool_what_its_store_lacks_and_asks_once(server, models, tmp_path):
+    with asking(server, server.store, tmp_path, models, "harmless") as parent:
+        said, trouble = parent.communicate(timeout=240)
+    assert parent.returncode == 0, trouble
+    key = said.split()[-1].replace("/", "-")
     runs = server.call("POST", "/flow_runs/filter", {"flow_runs": {"idempotency_key": {"any_": [key, f"{key}-1"]}}})
     assert [(one["idempotency_key"], one["state_type"]) for one in runs] == [(key, "COMPLETED")]
     assert runs[0]["parent_task_run_id"]
     # With another store and no mirror, the worker's artifact is out of reach, which is said; and the key was used.
-    with pytest.raises(CheckpointError, match="no mirror is set"):
-        parent(Store(server.folder / "far away"))
+    with asking(server, server.folder / "far away", tmp_path, models, "harmless") as parent:
+        _, trouble = parent.communicate(timeout=240)
+    assert parent.returncode != 0
+    assert "no mirror is set" in trouble
 
 
 @pytest.fixture(scope="module")
@@ -467,19 +475,10 @@ def until(what, seconds=180):
     return found
 
 
-def test_a_step_whose_run_is_cancelled_or_crashes_is_waited_for_as_long_as_its_parent_runs(server, client, models):
-    from prefect import flow
+def test_a_step_whose_run_is_cancelled_or_crashes_is_waited_for_as_long_as_its_parent_runs(
+    server, client, models, tmp_path
+):
     from prefect.states import AwaitingRetry, Cancelled, Crashed
-
-    from flows.pipeline import Kitchen, pin_recipe
-    from flows.pools import OnPools
-
-    recipe = parse_recipe({"base": str(models / "base"), "experts": {"a": str(models / "honest")}, "method": "linear"})
-
-    @flow
-    def parent(store):
-        run = OnPools(store)
-        return Kitchen(run, *pin_recipe(recipe, run)).merge(recipe)
 
     def asked(number):
         body = {
@@ -496,17 +495,18 @@ def test_a_step_whose_run_is_cancelled_or_crashes_is_waited_for_as_long_as_its_p
 
     server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": True})
     try:
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(copy_context().run, parent, Store(server.store))
+        with asking(server, server.store, tmp_path, models, "honest") as parent:
             client.set_flow_run_state(until(lambda: asked(0)), Cancelled(), force=True)
             again = until(lambda: asked(1))
             client.set_flow_run_state(again, Crashed(), force=True)
             until(waits)
             client.set_flow_run_state(again, AwaitingRetry(), force=True)
             server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": False})
-            assert future.result(180) in Store(server.store).refs("merged")
+            said, trouble = parent.communicate(timeout=240)
+            assert parent.returncode == 0, trouble
     finally:
         server.call("PATCH", "/work_pools/tripoise-gpu", {"is_paused": False})
+    assert said.split()[-1] in [f"{ref.kind}/{ref.digest}" for ref in Store(server.store).refs("merged")]
 
 
 def endless_training(models, folder):
