@@ -34,7 +34,14 @@ class Planner:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.planned: list[Planned] = []
+        self._planned: dict[Ref, Planned] = {}
+        self._stored: dict[str, list[dict[str, Any]]] = {}
+        """Kind to the flat identities of what the store has of it: read once, since many steps may be missing."""
+
+    @property
+    def planned(self) -> list[Planned]:
+        """Every step that was asked for, once, in order."""
+        return list(self._planned.values())
 
     def resolve(self, sources: Sequence[str]) -> list[Ref]:
         """See :class:`tasks.steps.Runner`."""
@@ -60,17 +67,13 @@ class Planner:
 
     def _ask(self, step: Step) -> Ref:
         ref = step.ref
-        found = self.store.find(step.kind, step.identity) is not None
-        if ref not in [one.ref for one in self.planned]:
-            self.planned.append(Planned(step.title, ref, found, "" if found else self._why(step)))
+        if ref not in self._planned:
+            found = self.store.find(step.kind, step.identity) is not None
+            self._planned[ref] = Planned(step.title, ref, found, "" if found else self._why(step))
         return ref
 
     def _why(self, step: Step) -> str:
-        wanted = _flat(step.identity)
-        others = []
-        for ref in self.store.refs(step.kind):
-            with suppress(CheckpointError):  # a damaged record is the business of `tripoise store verify`
-                others.append(_flat(self.store.manifest(ref).identity))
+        wanted, others = _flat(step.identity), self._identities(step.kind)
         related = [other for other in others if other.keys() & wanted.keys()]
         if not related:
             return f"no {step.kind} in the store"
@@ -78,6 +81,14 @@ class Planner:
         if len(nearest) > _MOST_DIFFERENCES:
             return "nothing similar in the store"
         return "; ".join(nearest)
+
+    def _identities(self, kind: str) -> list[dict[str, Any]]:
+        if kind not in self._stored:
+            self._stored[kind] = []
+            for ref in self.store.refs(kind):
+                with suppress(CheckpointError):  # a damaged record is the business of `tripoise store verify`
+                    self._stored[kind].append(_flat(self.store.manifest(ref).identity))
+        return self._stored[kind]
 
 
 _MOST_DIFFERENCES = 4
