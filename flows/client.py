@@ -24,7 +24,8 @@ from tasks.names import nearest
 _FINAL: Final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _POLL_SECONDS: Final = 2.0
 _TIMEOUT_SECONDS: Final = 60.0
-_GRACE_SECONDS: Final = 30.0
+CRASH_GRACE_SECONDS: Final = 30.0
+"""Within this time an automation puts a run that was lost back into the queue (deployments/automations.yaml)."""
 _SETTLE_SECONDS: Final = 5.0
 _PAUSES_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
@@ -139,7 +140,7 @@ class Client:
             now = self.read(run)
             if now.state != "CRASHED":
                 alive = time.monotonic()
-            lost = now.state == "CRASHED" and time.monotonic() - alive < _GRACE_SECONDS
+            lost = now.state == "CRASHED" and time.monotonic() - alive < CRASH_GRACE_SECONDS
             if now.state == "PAUSED":
                 # Its process is still ending; who decides before it has gone upsets Prefect's worker.
                 time.sleep(_SETTLE_SECONDS)

@@ -30,7 +30,7 @@ def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, Any]:
     Exam.of(request, run)  # what it refuses is refused before anything is fetched
     pinned = pin_recipe(request.recipe.recipe(), run)
     # What was shown before somebody decided is still shown; the plan would now say that everything is reused.
-    first = decision() is None
+    first = not (request.approval and decision())
     if first:
         show_plan(lambda planner: merge_and_score(request, planner, pinned), run.store)
     model, report = merge_and_score(request, run, pinned)

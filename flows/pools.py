@@ -16,6 +16,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.deployments import run_deployment
 from prefect.runtime import flow_run
 
+from flows.client import CRASH_GRACE_SECONDS
 from merging_core.errors import CheckpointError
 from tasks.orchestration import AsPrefectTasks
 from tasks.steps import Request, Step
@@ -26,8 +27,6 @@ STEPS: Final = "TRIPOISE_GPU_STEPS"
 SLOTS: Final = "TRIPOISE_GPU_SLOTS"
 """Names the global concurrency limit whose slots GPU flows hold."""
 _LEASE_SECONDS: Final = 60.0
-CRASH_GRACE_SECONDS: Final = 30.0
-"""Within this time an automation puts a run that was lost back into the queue (deployments/automations.yaml)."""
 _MOST_ASKED: Final = 3
 _POLL_SECONDS: Final = 1.0
 

@@ -97,7 +97,8 @@ def installation(host: str, port: int) -> Iterator[Installation]:
     # A terminal that is closed; what nohup started goes on.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
-    found = Installation(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/api", _environment(host, port))
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/api"
+    found = Installation(url, _environment(url))
     try:
         found.start("server", "server", "start", "--host", host, "--port", str(port), "--log-level", "WARNING")
         yield found
@@ -149,10 +150,10 @@ def start_workers(found: Installation, gpus: int | None) -> None:
         found.start(f"worker {name}", *worker, "--pool", "tripoise-gpu", "--name", name, "--limit", "1", **visible)
 
 
-def _environment(host: str, port: int) -> dict[str, str]:
+def _environment(url: str) -> dict[str, str]:
     """Of all children; what the user set stays."""
     ours = {
-        "PREFECT_API_URL": f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/api",
+        "PREFECT_API_URL": url,
         # The port may answer on several addresses; the UI asks the one that it came from.
         "PREFECT_SERVER_UI_API_URL": "/api",
     }
