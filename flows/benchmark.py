@@ -1,5 +1,6 @@
 """The flow ``benchmark``: several methods, one suite; scales chosen on validation, everything reported on test."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from flows.reported import reported
 from flows.shown import show_plan
 from merging_core.recipe import Recipe
 from tasks.calibrate import require_texts
+from tasks.comparison import Role
 from tasks.merge import merge_title
 from tasks.orchestration import TASK_RUNNER
 from tasks.recipes import recipe_yaml
@@ -46,12 +48,16 @@ def compare_methods(bench: Bench, run: Runner) -> Ref:
 
 def _compare(bench: Bench, tables: "list[_Table]", run: Runner) -> Ref:
     entries = [entry for table in tables for entry in table.references()]
+    chosen: list[dict[str, _Trial]] = [{} for _ in tables]
     for name in bench.candidates():
         tried = [table.try_all(name) for table in tables]
         # One scale for a method: the best mean over all seeds.
         validation = [[ref for one in same for ref in one.validation] for same in zip(*tried, strict=True)]
         best = best_on_validation(validation, tables[0].exam.suite, run.store)
-        entries += [table.entry(name, own[best]) for table, own in zip(tables, tried, strict=True)]
+        for own, trials in zip(chosen, tried, strict=True):
+            own[name] = trials[best]
+    merged = [table.entries(own) for table, own in zip(tables, chosen, strict=True)]
+    entries += [entry for of_method in zip(*merged, strict=True) for entry in of_method]
     second = [
         opinion
         for table in tables
@@ -87,7 +93,14 @@ def _tables(bench: Bench, run: Runner) -> "list[_Table]":
                 bench=own,
                 seed=seed,
                 exam=replace(exam, suite=suite, called=called),
-                kitchen=Kitchen(run, bases[own.base], tuned, own.execution.device, own.tokenizer),
+                kitchen=Kitchen(
+                    run,
+                    bases[own.base],
+                    tuned,
+                    own.execution.device,
+                    own.tokenizer,
+                    own.execution.timeout_minutes,
+                ),
                 mixtures={one.name: pinned[one.source] for one in own.mixtures},
             )
         )
@@ -115,27 +128,33 @@ class _Table:
 
     def references(self) -> list[Entry]:
         """Base, experts and mixtures."""
-        base = self.kitchen.sources.base
-        found = [Entry("base", "base", base, self.exam.scores(base, "base"), seed=self.seed)]
-        for one in self.bench.experts:
-            ref = self.kitchen.complete(one, self.bench.base)
-            test, validation = self.exam.scores(ref, one.name), self.exam.scores(ref, one.name, "validation")
-            found.append(Entry(one.name, "expert", ref, test, validation, seed=self.seed))
-        return found + [
-            Entry(name, "mixture", ref, self.exam.scores(ref, name), seed=self.seed)
-            for name, ref in self.mixtures.items()
+        experts = {one.name: self.kitchen.complete(one, self.bench.base) for one in self.bench.experts}
+        models: list[tuple[str, Role, Ref]] = [("base", "base", self.kitchen.sources.base)]
+        models += [(name, "expert", ref) for name, ref in experts.items()]
+        models += [(name, "mixture", ref) for name, ref in self.mixtures.items()]
+        test = self.exam.scores_of([(ref, name) for name, _, ref in models])
+        tuned = self.exam.scores_of([(ref, name) for name, ref in experts.items()], "validation")
+        validation = dict(zip(experts, tuned, strict=True))
+        return [
+            Entry(name, role, ref, scores, validation.get(name, []), seed=self.seed)
+            for (name, role, ref), scores in zip(models, test, strict=True)
         ]
 
     def try_all(self, name: str) -> list[_Trial]:
         """Merge by every recipe of a method and score each on validation."""
         recipes = self.bench.candidates()[name]
-        merged = [self.kitchen.merge(recipe) for recipe in recipes]
+        merged = [(self.kitchen.merge(recipe), merge_title(recipe)) for recipe in recipes]
         return [
-            _Trial(recipe, model, self.exam.scores(model, merge_title(recipe), "validation"))
-            for recipe, model in zip(recipes, merged, strict=True)
+            _Trial(recipe, model, validation)
+            for recipe, (model, _), validation in zip(
+                recipes, merged, self.exam.scores_of(merged, "validation"), strict=True
+            )
         ]
 
-    def entry(self, name: str, trial: _Trial) -> Entry:
-        """A method at its chosen scale, on test."""
-        test, recipe = self.exam.scores(trial.model, name), recipe_yaml(trial.recipe)
-        return Entry(name, "merged", trial.model, test, trial.validation, recipe, seed=self.seed)
+    def entries(self, chosen: Mapping[str, _Trial]) -> list[Entry]:
+        """Every method at its chosen scale, on test."""
+        test = self.exam.scores_of([(trial.model, name) for name, trial in chosen.items()])
+        return [
+            Entry(name, "merged", trial.model, own, trial.validation, recipe_yaml(trial.recipe), seed=self.seed)
+            for (name, trial), own in zip(chosen.items(), test, strict=True)
+        ]

@@ -24,6 +24,7 @@ def decompose(request: Decompose) -> dict[str, Any]:
     run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
     base, experts = pin_recipe(recipe, run)
     with gpu_slot():
-        made = Kitchen(run, base, experts, request.device, recipe.tokenizer).prepare(recipe)
+        kitchen = Kitchen(run, base, experts, request.device, recipe.tokenizer, request.timeout_minutes)
+        made = kitchen.prepare(recipe)
     show_lines("made", f"{len(made)} artifacts", [f"{ref.kind}/{ref.digest}" for ref in made])
     return completed(num_made=len(made), made=[f"{ref.kind}/{ref.digest}" for ref in made])

@@ -14,14 +14,18 @@ from tasks.store import Ref, Store
 from tasks.suite import Split, Suite
 
 
-def merge_request(recipe: Recipe, sources: Family, device: str, store: Store) -> Request:
+def merge_request(
+    recipe: Recipe, sources: Family, device: str, store: Store, timeout_minutes: float | None = None
+) -> Request:
     """Merge by a recipe; see :class:`flows.parameters.Merge`."""
-    return Request("merge/merge", {"request": {"recipe": _pinned(recipe, sources, store), "device": device}})
+    return Request("merge/merge", {"request": _merge(recipe, sources, device, store, timeout_minutes)})
 
 
-def decompose_request(recipe: Recipe, sources: Family, device: str, store: Store) -> Request:
+def decompose_request(
+    recipe: Recipe, sources: Family, device: str, store: Store, timeout_minutes: float | None = None
+) -> Request:
     """Make what a recipe needs of its experts; see :class:`flows.parameters.Decompose`."""
-    return Request("decompose/decompose", {"request": {"recipe": _pinned(recipe, sources, store), "device": device}})
+    return Request("decompose/decompose", {"request": _merge(recipe, sources, device, store, timeout_minutes)})
 
 
 def evaluate_request(
@@ -42,6 +46,10 @@ def evaluate_request(
     said |= {"model": f"store://{model.kind}/{model.digest}", "split": split, "judges": choices}
     said |= {"limit": limit or asked.limit, "world_seed": suite.world_seed}
     return Request("evaluate/evaluate", {"request": said})
+
+
+def _merge(recipe: Recipe, sources: Family, device: str, store: Store, timeout_minutes: float | None) -> dict[str, Any]:
+    return {"recipe": _pinned(recipe, sources, store), "device": device, "timeout_minutes": timeout_minutes}
 
 
 def _pinned(recipe: Recipe, sources: Family, store: Store) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def merge(request: Merge) -> dict[str, Any]:
     run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
     base, experts = pin_recipe(recipe, run)
     with gpu_slot():
-        merged = Kitchen(run, base, experts, request.device, recipe.tokenizer).merge(recipe)
+        kitchen = Kitchen(run, base, experts, request.device, recipe.tokenizer, request.timeout_minutes)
+        merged = kitchen.merge(recipe)
     show_model(merged, run.store)
     return completed(merged=f"{merged.kind}/{merged.digest}")

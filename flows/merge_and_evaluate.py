@@ -53,14 +53,17 @@ def merge_and_score(
     """
     recipe, exam = request.recipe.recipe(), Exam.of(request, run)
     base, experts = pinned or pin_recipe(recipe, run)
-    kitchen = Kitchen(run, base, experts, request.execution.device, recipe.tokenizer)
+    done_by = request.execution
+    kitchen = Kitchen(run, base, experts, done_by.device, recipe.tokenizer, done_by.timeout_minutes)
     merged = kitchen.merge(recipe)
     models = {expert.name: kitchen.complete(expert, recipe.base) for expert in recipe.experts}
     title = recipe.method.name
+    asked = [(base, "base"), *((ref, name) for name, ref in models.items()), (merged, title)]
+    first, *tuned, last = exam.scores_of(asked)
     entries = [
-        Entry("base", "base", base, exam.scores(base, "base")),
-        *(Entry(name, "expert", ref, exam.scores(ref, name)) for name, ref in models.items()),
-        Entry(title, "merged", merged, exam.scores(merged, title), recipe=recipe_yaml(recipe)),
+        Entry("base", "base", base, first),
+        *(Entry(name, "expert", ref, own) for (name, ref), own in zip(models.items(), tuned, strict=True)),
+        Entry(title, "merged", merged, last, recipe=recipe_yaml(recipe)),
     ]
     compare = interference_step(kitchen.base, kitchen.experts, run.store)
     [interference] = run.build("compare", "compare experts", [compare])

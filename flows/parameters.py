@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flows.evaluation import Evaluation
 from merging_core.recipe import Recipe
 from merging_core.vocabulary import TokenizerPolicy
-from tasks.names import check_names
+from tasks.names import check_names, repeated
 from tasks.recipes import (
     AnyExpert,
     AnyMethod,
@@ -46,6 +46,14 @@ class Merge(BaseModel):
         title="Device",
         description="Torch device, or several that share the tensors, such as cuda:0,cuda:1.",
         min_length=1,
+    )
+    timeout_minutes: float | None = Field(
+        default=None,
+        title="Time limit in minutes",
+        description="Of one merge, or of the task vectors of one expert. What is complete by then is kept for the next "
+        "run. Left out: none.",
+        gt=0,
+        allow_inf_nan=False,
     )
 
 
@@ -103,13 +111,13 @@ class Bench(Evaluation):
     def _check(self) -> Self:
         """What no single field shows: names that repeat, and recipes that cannot be."""
         names = ["base", *(one.name for one in self.experts), *(one.name for one in self.mixtures), *self.candidates()]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(names):
             raise ValueError(f"names of base, experts, mixtures and methods must differ, {twice[0]!r} stands twice")
         self._check_seeds()
         return self
 
     def _check_seeds(self) -> None:
-        if twice := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+        if twice := repeated(self.seeds):
             raise ValueError(f"seeds must differ, {twice[0]} stands twice")
         sources = [self.base, *(one.source for one in self.experts), *(one.source for one in self.mixtures)]
         if varied := [source for source in sources if SEED in source]:

@@ -1,6 +1,6 @@
 """What both flows have in common: pin the models, prepare ingredients once, merge, evaluate."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -50,6 +50,8 @@ class Kitchen:
     """Torch device, or several separated by commas, that merge."""
     tokenizer: TokenizerPolicy | None = None
     """How experts with more tokens than the base are aligned with it; then ``base`` and ``experts`` are the aligned."""
+    timeout_minutes: float | None = None
+    """Of one merge, or of what one expert needs for it; None: no limit."""
     sources: Family = field(init=False)
     _built: set[Ref] = field(default_factory=set)
 
@@ -85,8 +87,10 @@ class Kitchen:
                 # What was removed from the store after its merge is not computed again for nothing.
                 if name in steps and not (is_merged and self._is_missing(steps[name])):
                     self._once(what, steps[name])
-        request = merge_request(recipe, self.sources, self.device, self.run.store)
-        [merged] = self.run.build("merge", merge.title, [replace(merge, elsewhere=request)])
+        request = merge_request(recipe, self.sources, self.device, self.run.store, self.timeout_minutes)
+        [merged] = self.run.build(
+            "merge", merge.title, [replace(merge, elsewhere=request, timeout_minutes=self.timeout_minutes)]
+        )
         return merged
 
     def prepare(self, recipe: Recipe) -> list[Ref]:
@@ -119,9 +123,12 @@ class Kitchen:
             if isinstance(method, CalibratedMethod):
                 model = self.complete(expert, recipe.base, Family(self.base, self.experts))
                 calibrate[name] = calibrate_step(expert, model, method.calibration, store, self.device)
-        request = decompose_request(recipe, self.sources, self.device, store)
+        request = decompose_request(recipe, self.sources, self.device, store, self.timeout_minutes)
         for steps in (decompose, measure, calibrate):
-            steps |= {name: replace(step, elsewhere=request) for name, step in steps.items()}
+            steps |= {
+                name: replace(step, elsewhere=request, timeout_minutes=self.timeout_minutes)
+                for name, step in steps.items()
+            }
         return decompose, measure, calibrate
 
     def complete(self, expert: Expert, base: str, family: Family | None = None) -> Ref:
@@ -138,7 +145,7 @@ class Kitchen:
             return ref
         alone = Recipe(base=base, experts=(replace(expert, weight=1.0),), method=TaskArithmetic())
         step = merge_step(alone, family.base, {expert.name: ref}, {}, {}, {}, store, self.device)
-        self._once("merge", replace(step, title=f"complete {expert.name}"))
+        self._once("merge", replace(step, title=f"complete {expert.name}", timeout_minutes=self.timeout_minutes))
         return step.ref
 
     def _is_missing(self, step: Step) -> bool:
@@ -151,45 +158,60 @@ class Kitchen:
 
 
 def score(
-    model: Ref,
-    name: str,
+    models: Sequence[tuple[Ref, str]],
     suite: Suite,
     settings: EvaluateSettings,
     execution: Execution,
     run: Runner,
     judges: Judges,
     endpoint: Endpoint | None = None,
-    elsewhere: Request | None = None,
-) -> list[Ref]:
-    """Evaluate one model on every benchmark of a suite, then let judges decide what only a reader can.
+    elsewhere: Callable[[Ref], Request | None] = lambda model: None,
+) -> list[list[Ref]]:
+    """Evaluate models on every benchmark of a suite, then let judges decide what only a reader can.
 
     Args:
-        model: a checkpoint or a merged model; for an endpoint its tokenizer.
-        name: how titles call it.
+        models: checkpoints or merged models, for an endpoint its tokenizer; and how titles call them.
         suite: what is run.
         settings: what is asked.
         execution: device, batch size and backend.
         run: runs the steps.
         judges: question to its judge; see :func:`tasks.judges.steps.require_judges`.
         endpoint: where the model is served; default: it is run here.
-        elsewhere: how a GPU worker is asked for the same scores.
+        elsewhere: how a GPU worker is asked for all scores of a model.
+
+    Returns:
+        The scores of each model, in the order of the suite.
 
     Raises:
         RecipeError: if a question of the suite has no judge, before anything is computed.
     """
     require_judges(suite, judges)
-    steps = evaluate_steps(model, name, suite, settings, run.store, execution, endpoint)
-    steps = [replace(step, elsewhere=elsewhere) for step in steps]
-    scores = run.build("evaluate", f"evaluate {name} ({settings.split})", steps)
-    judged = {
-        place: replace(judge_step(ref, one, name, judges[one.question], run.store), elsewhere=elsewhere)
-        for place, (ref, one) in enumerate(zip(scores, suite.benchmarks, strict=True))
-        if one.question
-    }
-    if judged:
-        verdicts = run.build("judge", f"judge {name} ({settings.split})", list(judged.values()))
-        for place, ref in zip(judged, verdicts, strict=True):
-            scores[place] = ref
+
+    def all_of(what: str, steps_of: Callable[[int, Ref, str], list[Step]]) -> list[list[Ref]]:
+        groups = []
+        for number, (model, name) in enumerate(models):
+            steps = [
+                replace(step, elsewhere=elsewhere(model), timeout_minutes=execution.timeout_minutes)
+                for step in steps_of(number, model, name)
+            ]
+            groups.append((f"{what} {name} ({settings.split})", steps))
+        return run.map(what, groups)
+
+    scores = all_of(
+        "evaluate",
+        lambda _, model, name: evaluate_steps(model, name, suite, settings, run.store, execution, endpoint),
+    )
+    asking = [(place, one, judges[one.question]) for place, one in enumerate(suite.benchmarks) if one.question]
+    if asking:
+        verdicts = all_of(
+            "judge",
+            lambda number, _, name: [
+                judge_step(scores[number][place], one, name, judge, run.store) for place, one, judge in asking
+            ],
+        )
+        for found, judged in zip(scores, verdicts, strict=True):
+            for (place, _, _), ref in zip(asking, judged, strict=True):
+                found[place] = ref
     return scores
 
 
@@ -214,7 +236,14 @@ class Exam:
 
     def scores(self, model: Ref, name: str, split: Split = "test", limit: int | None = None) -> list[Ref]:
         """Scores of one model on every benchmark of the suite; see :func:`score`."""
-        return self._scores(model, name, split, limit, first_judges(self.request.judges))
+        [scores] = self.scores_of([(model, name)], split, limit)
+        return scores
+
+    def scores_of(
+        self, models: Sequence[tuple[Ref, str]], split: Split = "test", limit: int | None = None
+    ) -> list[list[Ref]]:
+        """Scores of several models, each with its name, which may be evaluated at the same time."""
+        return self._scores(models, split, limit, first_judges(self.request.judges))
 
     def second_opinions(self, entries: Iterable[Entry]) -> list[SecondOpinion]:
         """What the second judges say of the responses on test; of several responses to one prompt none is asked."""
@@ -222,13 +251,24 @@ class Exam:
         asked = [
             place for place, one in enumerate(self.suite.benchmarks) if one.question in second and one.samples == 1
         ]
-        found = []
-        for entry in entries if asked else ():
-            again = self._scores(entry.model, entry.name, "test", None, first_judges(self.request.judges) | second)
-            found += [SecondOpinion(entry.name + self.called, entry.scores[place], again[place]) for place in asked]
-        return found
+        if not asked:
+            return []
+        read = list(entries)
+        judges = first_judges(self.request.judges) | second
+        again = self._scores([(entry.model, entry.name) for entry in read], "test", None, judges)
+        return [
+            SecondOpinion(entry.name + self.called, entry.scores[place], scores[place])
+            for entry, scores in zip(read, again, strict=True)
+            for place in asked
+        ]
 
-    def _scores(self, model: Ref, name: str, split: Split, limit: int | None, judges: Judges) -> list[Ref]:
+    def _scores(
+        self, models: Sequence[tuple[Ref, str]], split: Split, limit: int | None, judges: Judges
+    ) -> list[list[Ref]]:
         settings, execution = self.request.settings(split, limit), self.request.execution
-        elsewhere = evaluate_request(self.request, self.suite, model, split, limit, judges)
-        return score(model, name + self.called, self.suite, settings, execution, self.run, judges, elsewhere=elsewhere)
+        called = [(model, name + self.called) for model, name in models]
+
+        def elsewhere(model: Ref) -> Request:
+            return evaluate_request(self.request, self.suite, model, split, limit, judges)
+
+        return score(called, self.suite, settings, execution, self.run, judges, elsewhere=elsewhere)

@@ -68,6 +68,10 @@ class OnPools(AsPrefectTasks):
             self.num_made, self.num_reused = self.num_made + 1, self.num_reused - 1
         return refs
 
+    def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
+        """See :class:`tasks.steps.Runner`. Whoever is asked decides what runs at the same time there."""
+        return [self.build(name, title, steps) for title, steps in groups]
+
 
 def _make_elsewhere(step: Step, request: Request, store: Store) -> None:
     for _ in range(_MOST_ASKED):

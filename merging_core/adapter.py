@@ -19,6 +19,7 @@ from merging_core.adapter_config import ADAPTER_CONFIG, REMEDY, AdapterConfig
 from merging_core.checkpoint import INDEX, SINGLE, Checkpoint, TensorInfo
 from merging_core.compatibility import EMBEDDINGS, HEAD, own_tensors
 from merging_core.errors import CheckpointError, IncompatibleError
+from merging_core.streamed import stored
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 PICKLED_ADAPTER: Final = "adapter_model.bin"
@@ -30,7 +31,7 @@ _SHOWN: Final = 3
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no complete model."""
-    return (folder / ADAPTER_CONFIG).exists() and not any((folder / name).exists() for name in (SINGLE, INDEX))
+    return (folder / ADAPTER_CONFIG).exists() and not any(stored(folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def adapter_weights(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 A valid checkpoint folder holds ``config.json`` and either ``model.safetensors`` or ``model.safetensors.index.json``
 with every shard that it names; each tensor of the index is in its shard and each tensor of a shard is in the index.
+A weight file may be streamed from object storage: then a note stands for it (merging_core/streamed.py).
 """
 
 import json
@@ -18,6 +19,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from merging_core.errors import CheckpointError
+from merging_core.streamed import (
+    StreamedFile,
+    StreamedTensor,
+    is_note,
+    open_ranges,
+    read_note,
+    shard_name,
+    stored,
+    tensors_of,
+)
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -84,6 +95,8 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self._shards: dict[str, str] = {}
         self._handles = ExitStack()
+        self.is_streamed = False
+        """Whether tensors are read from object storage: then each load holds its own copy."""
         try:
             for file in files or weight_files(self.folder, self.name):
                 self._open(file)
@@ -111,25 +124,33 @@ class Checkpoint:
         # safetensors would say that it is not there.
         if file.is_file() and not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
             raise CheckpointError(f"{file}: cannot be read. Give this user the right to read it.")
+        handle, infos = self._open_streamed(read_note(file)) if is_note(file) else self._map(file)
+        for name, (kind, shape) in infos.items():
+            if name in self._files:
+                raise CheckpointError(f"{self.name}: tensor {name!r} is in two shards. Remove the stale shard.")
+            if kind not in DTYPES:
+                raise CheckpointError(
+                    f"{shard_name(file)}: {name!r} has dtype {kind}, expected one of {', '.join(DTYPES)}. "
+                    "Packed and quantized weights cannot be merged; use the unquantized checkpoint."
+                )
+            self._files[name] = handle
+            self._shards[name] = shard_name(file)
+            self.tensors[name] = TensorInfo(DTYPES[kind], shape)
+
+    def _map(self, file: Path) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
         try:
             handle = self._handles.enter_context(safe_open(file, framework="pt"))
-            names = list(handle.keys())
-            infos = {name: handle.get_slice(name) for name in names}
+            slices = {name: handle.get_slice(name) for name in list(handle.keys())}
+            return handle, {name: (str(one.get_dtype()), tuple(one.get_shape())) for name, one in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{file}: not a complete safetensors file ({error}). The copy is cut short or damaged; fetch it again."
             ) from error
-        for name, info in infos.items():
-            if name in self._files:
-                raise CheckpointError(f"{self.name}: tensor {name!r} is in two shards. Remove the stale shard.")
-            if (kind := str(info.get_dtype())) not in DTYPES:
-                raise CheckpointError(
-                    f"{file.name}: {name!r} has dtype {kind}, expected one of {', '.join(DTYPES)}. "
-                    "Packed and quantized weights cannot be merged; use the unquantized checkpoint."
-                )
-            self._files[name] = handle
-            self._shards[name] = file.name
-            self.tensors[name] = TensorInfo(DTYPES[kind], tuple(info.get_shape()))
+
+    def _open_streamed(self, file: StreamedFile) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+        self.is_streamed = True
+        places = tensors_of(file)
+        return _Streamed(file, places), {name: (place.dtype, place.shape) for name, place in places.items()}
 
     def _check_index(self) -> None:
         path = self.folder / INDEX
@@ -148,14 +169,35 @@ class Checkpoint:
             )
 
 
+class _Streamed:
+    """A file on object storage, of which a tensor is read whenever it is asked for."""
+
+    def __init__(self, file: StreamedFile, places: Mapping[str, StreamedTensor]) -> None:
+        self._places, self._read = places, open_ranges(file)
+        for name, place in places.items():
+            itemsize = DTYPES[place.dtype].itemsize if place.dtype in DTYPES else None
+            if itemsize is not None and place.num_entries * itemsize != place.end - place.start:
+                raise CheckpointError(
+                    f"{file.url}: not a complete safetensors file ({name!r} has {place.end - place.start:,} bytes, "
+                    f"{place.dtype} {list(place.shape)} needs {place.num_entries * itemsize:,}). Upload it again."
+                )
+
+    def get_tensor(self, name: str) -> Tensor:
+        place = self._places[name]
+        content = torch.empty(place.end - place.start, dtype=torch.uint8)
+        if len(content):
+            self._read(place.start, content.numpy().data)
+        return content.view(DTYPES[place.dtype]).reshape(place.shape)
+
+
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a checkpoint folder, sorted by name.
+    """The safetensors files of a checkpoint folder, sorted by name; of a streamed one, its note.
 
     Raises:
         CheckpointError: if there are none, if a shard of the index is missing, or if single file and index are both
             there, since then one of them is stale.
     """
-    single, index = folder / SINGLE, folder / INDEX
+    single, index = stored(folder / SINGLE), folder / INDEX
     if single.exists() and index.exists():
         raise CheckpointError(f"{name}: holds both {SINGLE} and {INDEX}; one of them is stale. Remove that one.")
     if index.exists():
@@ -165,6 +207,7 @@ def weight_files(folder: Path, name: str) -> list[Path]:
         files = sorted({folder / str(file) for file in weight_map.values()})
         if stray := [file.name for file in files if file.parent != folder]:
             raise CheckpointError(f"{index}: shard {stray[0]!r} lies outside the folder. Fetch the file again.")
+        files = [stored(file) for file in files]
         if lost := [file.name for file in files if not file.exists()]:
             raise CheckpointError(
                 f"{name}: {len(lost)} of {len(files)} shards are missing, first {lost[0]!r}. Fetch them."

@@ -4,7 +4,8 @@
     ├── RecipeError (ValueError)        what the user asked for is not meaningful
     ├── IncompatibleError (ValueError)  the checkpoints do not fit together
     ├── CheckpointError (ValueError)    a file or folder is missing, damaged or of the wrong kind
-    └── NumericalError (ArithmeticError)  a tensor is not finite
+    ├── NumericalError (ArithmeticError)  a tensor is not finite
+    └── ProcessError (RuntimeError)     a process of ours was stopped at its time limit, or died
 
 A message reads: subject, expectation, the value found, and a remedy that one can act on.
 The command line prints it as one line; Prefect shows it as the state of the task run.
@@ -29,3 +30,7 @@ class CheckpointError(MergeError, ValueError):
 
 class NumericalError(MergeError, ArithmeticError):
     """A tensor holds NaN or infinity, before or after merging."""
+
+
+class ProcessError(MergeError, RuntimeError):
+    """A child process that was stopped at its time limit, or died before it had an answer."""

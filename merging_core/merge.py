@@ -26,7 +26,7 @@ from merging_core.rules import Treatment, treatments
 from merging_core.task_vectors import TaskVectors, read_statistics, require_finite
 from merging_core.threads import one_torch_thread
 from merging_core.updates import mean_update
-from merging_core.writer import MAX_SHARD_BYTES, write_checkpoint
+from merging_core.writer import shards, write_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ def merge(
     inputs: Inputs,
     out: Path,
     progress: Callable[[int], None] = lambda num_bytes: None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
     notes: Path | None = None,
     devices: Sequence[torch.device] = (torch.device("cpu"),),
+    only: str | None = None,
 ) -> list[MatrixDiagnostics]:
     """Write the merged weights into an existing folder.
 
@@ -63,13 +63,13 @@ def merge(
         inputs: where the checkpoints and what was computed from them lie.
         out: existing folder for the safetensors files.
         progress: called with the bytes of each tensor written.
-        max_shard_bytes: size at which a new output shard is begun.
         notes: folder for what a merge needs to go on after it was killed. A call with the same arguments goes on with
             the first output shard that is not complete; without it, all is computed.
         devices: where tensors are merged; several share them by bytes.
+        only: the one file to write, of :func:`merged_shards`; default: all, and the index where there are several.
 
     Returns:
-        For spectral methods, ranks and weights of each matrix, in the order of the layers; else nothing.
+        For spectral methods, ranks and weights of each matrix written, in the order of the layers; else nothing.
 
     Raises:
         IncompatibleError: if the checkpoints do not fit together, or a tensor that is only copied differs.
@@ -134,13 +134,14 @@ def merge(
             update = mean_update(start, tuned, treatment.weights)
             return add_update(start, update.mul_(getattr(treatment.method, "scale", 1.0)))
 
-        memory = memory_of(layout, len(experts), _copied_as(recipe, experts.values()))
+        memory = memory_of(layout, len(experts), _copied_as(recipe, [base, *experts.values()]))
         noted = Notes(notes) if notes else None
         write_checkpoint(
             out,
             layout,
             compute,
-            max_shard_bytes=max_shard_bytes,
+            max_shard_bytes=recipe.max_shard_bytes,
+            only=only,
             num_workers=max(os.cpu_count() or 1, len(devices)),
             held=memory.held.__getitem__,
             max_held=math.inf if isinstance(job, SpectralJob) else memory.most,
@@ -161,21 +162,23 @@ def plan_tensors(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> dict[str,
     return treatments(names, recipe.method, recipe.weight_of, recipe.rules, recipe.lines)
 
 
-def merged_bytes(recipe: Recipe, base: Checkpoint) -> int:
-    """Size of the merged weights on disk, in bytes."""
-    return sum(TensorInfo(_stored_dtype(recipe, info), info.shape).num_bytes for info in own_tensors(base).values())
+def merged_shards(recipe: Recipe, base: Checkpoint) -> dict[str, int]:
+    """Files of the merged weights, to the bytes of the tensors in them."""
+    layout = {name: TensorInfo(_stored_dtype(recipe, info), info.shape) for name, info in own_tensors(base).items()}
+    files = shards(layout, recipe.max_shard_bytes)
+    return {file: sum(layout[name].num_bytes for name in names) for file, names in files.items()}
 
 
 def _stored_dtype(recipe: Recipe, info: TensorInfo) -> torch.dtype:
     return DTYPES[recipe.dtype] if recipe.dtype and info.dtype.is_floating_point else info.dtype
 
 
-def _copied_as(recipe: Recipe, experts: Iterable[Checkpoint]) -> int | None:
+def _copied_as(recipe: Recipe, inputs: Iterable[Checkpoint]) -> int | None:
     """Bytes of an entry in the copies of whole tensors that the method needs; None if it converts block by block."""
     if recipe.compute_dtype == "float64":
         return 8
-    # An adapter makes whole tensors out of factors.
-    mapped = not any(isinstance(expert, Adapter) for expert in experts)
+    # An adapter makes whole tensors out of factors, and a streamed tensor is a copy in memory.
+    mapped = not any(isinstance(one, Adapter) or one.is_streamed for one in inputs)
     return None if mapped and isinstance(recipe.method, BlockMethod) else 4
 
 

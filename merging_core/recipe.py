@@ -13,6 +13,7 @@ from merging_core.methods.base import WeightChecker
 from merging_core.rules import Lines, Rule, check_rules
 from merging_core.settings import STRICT, check_bounds, check_choices
 from merging_core.vocabulary import TokenizerPolicy
+from merging_core.writer import MAX_SHARD_BYTES
 
 # Raise it, with a bold line in CHANGELOG.md, whenever a merge of the same inputs gives other bytes.
 MERGE_VERSION: Final = 2
@@ -87,6 +88,8 @@ class Recipe:
     """Whose chat template the merged model has: base, or the name of an expert."""
     generation_config: str = "base"
     """Whose generation settings the merged model has: base, or the name of an expert."""
+    max_shard_bytes: Annotated[int, Ge(1)] = MAX_SHARD_BYTES
+    """Size in bytes at which a new file of the merged weights is begun, >= 1."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "recipe")
@@ -143,4 +146,6 @@ class Recipe:
             "tokenizer": self.tokenizer,
             "chat_template": self.chat_template,
             "generation_config": self.generation_config,
+            # Not told where nothing is said: models from before there was a choice are found.
+            **({"max_shard_bytes": self.max_shard_bytes} if self.max_shard_bytes != MAX_SHARD_BYTES else {}),
         }

@@ -34,6 +34,7 @@ def write_checkpoint(
     written: Callable[[int], None] = lambda num_bytes: None,
     keep: Callable[[str], bool] = lambda file: False,
     finished: Callable[[str, Sequence[str]], None] = lambda file, names: None,
+    only: str | None = None,
 ) -> None:
     """Write a checkpoint's weights, asking for one tensor at a time.
 
@@ -54,18 +55,20 @@ def write_checkpoint(
         written: called with the number of bytes after each tensor, also for those that are kept.
         keep: asked for each file that is there with the wanted header and size; whether its tensors are those wanted.
         finished: called with a file and the names in it, after they are on disk and before the file gets its name.
+        only: the one file to write, of :func:`shards`; default: all, and the index where there are several.
 
     Raises:
         CheckpointError: if ``compute`` returns another dtype or shape than announced.
     """
-    shards = _shards(tensors, max_shard_bytes)
-    headers = {file: _header({name: tensors[name] for name in names}) for file, names in shards.items()}
-    sizes = {file: sum(tensors[name].num_bytes for name in names) for file, names in shards.items()}
-    kept = [file for file in shards if _is_complete(folder / file, headers[file], sizes[file]) and keep(file)]
+    files = shards(tensors, max_shard_bytes)
+    wanted = {only: files[only]} if only else files
+    headers = {file: _header({name: tensors[name] for name in names}) for file, names in wanted.items()}
+    sizes = {file: sum(tensors[name].num_bytes for name in names) for file, names in wanted.items()}
+    kept = [file for file in wanted if _is_complete(folder / file, headers[file], sizes[file]) and keep(file)]
     _remove_weights(folder, kept)
     for file in kept:
         written(sizes[file])
-    missing = {file: names for file, names in shards.items() if file not in kept}
+    missing = {file: names for file, names in wanted.items() if file not in kept}
     computed = computed_ahead(list(chain(*missing.values())), compute, num_workers, held, max_held)
     with closing(computed):
         for file, names in missing.items():
@@ -79,31 +82,31 @@ def write_checkpoint(
                 out.flush()
                 os.fsync(out.fileno())
                 finished(file, names)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
+    if len(wanted) > 1:
+        weight_map = {name: file for file, names in wanted.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         with _appearing(folder / INDEX) as out:
             out.write((json.dumps(index, indent=2) + "\n").encode())
 
 
-def _shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> dict[str, list[str]]:
-    """File names to the names in them, in the order in which they are written."""
-    shards: list[list[str]] = [[]]
+def shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File names to the names of the tensors in them, in the order in which they are written."""
+    found: list[list[str]] = [[]]
     size = 0
     # Names that differ only in leading zeros are equal in natural order; the name itself decides.
     for name in sorted(tensors, key=lambda name: (natural_order(name), name)):
         num_bytes = tensors[name].num_bytes
-        if shards[-1] and size + num_bytes > max_shard_bytes:
-            shards.append([])
+        if found[-1] and size + num_bytes > max_shard_bytes:
+            found.append([])
             size = 0
-        shards[-1].append(name)
+        found[-1].append(name)
         size += num_bytes
-    number = len(shards)
+    number = len(found)
     return {
         SINGLE if number == 1 else f"model-{at:05d}-of-{number:05d}.safetensors": sorted(
             names, key=lambda name: (-tensors[name].dtype.itemsize, name)
         )
-        for at, names in enumerate(shards, start=1)
+        for at, names in enumerate(found, start=1)
     }
 
 

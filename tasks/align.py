@@ -18,6 +18,7 @@ from merging_core.adapter_config import ADAPTER_CONFIG, REMEDY
 from merging_core.checkpoint import CONFIG, Checkpoint, read_json
 from merging_core.compatibility import vocabulary
 from merging_core.errors import IncompatibleError
+from merging_core.streamed import stored
 from merging_core.vocabulary import (
     TokenizerPolicy,
     Vocabulary,
@@ -155,7 +156,8 @@ class _Plan:
             if isinstance(own, Adapter):
                 links = [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
             else:
-                links = write_weights(own, base, compute, what.num_rows, f"align {who}", out)
+                kept = write_weights(own, base, compute, what.num_rows, f"align {who}", out)
+                links = [stored(own.folder / file).name for file in kept]
                 config = aligned_config(own.config, base.config, self.target.num_rows)
                 (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             copy_tokenizer(base.folder, out, with_generation=name is None)

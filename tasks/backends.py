@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt
 from merging_core.checkpoint import CONFIG
 from merging_core.errors import CheckpointError, RecipeError
 from merging_core.settings import STRICT
+from merging_core.streamed import require_files
 from tasks.http_api import check_api
 from tasks.names import check_names
 from tasks.recipes import read_yaml, validated
@@ -126,6 +127,7 @@ def vllm_model(folder: Path, device: str) -> Any:
 
     Raises:
         RecipeError: if vLLM is not installed, or the device is not the first visible GPU.
+        CheckpointError: if the weights are streamed from object storage.
     """
     # No torch here: a process that has touched a GPU cannot start vLLM's.
     if device.split(",")[0].strip() not in ("cpu", "cuda", "cuda:0"):
@@ -138,6 +140,7 @@ def vllm_model(folder: Path, device: str) -> Any:
             "evaluate: backend vllm needs the package vllm, which needs a GPU. Install it (pip install vllm), or take "
             "backend transformers."
         )
+    require_files(folder)
     from tasks.harness.vllm import load
 
     return load(folder, SEED)

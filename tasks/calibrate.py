@@ -126,7 +126,7 @@ def calibrate_step(expert: Expert, checkpoint: Ref, settings: CalibrationSetting
         "texts": digest_of(texts),
         "settings": asdict(settings),
     }
-    return Step("calibration", title, identity, (checkpoint,), make)
+    return Step("calibration", title, identity, (checkpoint,), make, device=device)
 
 
 def _check_names(model: nn.Module, checkpoint: Checkpoint, kind: str) -> None:

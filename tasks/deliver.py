@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from merging_core.errors import CheckpointError, RecipeError
+from merging_core.streamed import require_files
 from tasks.model_card import scores_section
 from tasks.scores import scores_of
 from tasks.store import MANIFEST, Ref, Store, flush, flush_folder, free_bytes, record_file, remove
@@ -25,8 +26,10 @@ def deliver_artifact(ref: Ref, out: Path, store: Store, replace: bool = False) -
 
     Raises:
         RecipeError: see :func:`check_replaceable`.
+        CheckpointError: if its weights are streamed from object storage.
     """
     source = store.folder(ref)
+    require_files(source, str(ref))
 
     def fill(folder: Path) -> None:
         for path in sorted(source.rglob("*")):

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from merging_core.errors import CheckpointError, NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
@@ -57,10 +57,17 @@ class Execution:
     """Requests in one forward pass, >= 1."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """What runs the model here: transformers, or vLLM where installed; scores by the two are kept apart."""
+    timeout_minutes: Annotated[float, Gt(0)] | None = None
+    """Minutes after which one merge, or one model's evaluation, is stopped, > 0; left out: never. What is complete by
+    then is kept for the next run."""
 
     def __post_init__(self) -> None:
         check_bounds(self, "evaluate")
         check_choices(self, "evaluate")
+        if self.timeout_minutes is not None and not 0 < self.timeout_minutes < math.inf:
+            raise RecipeError(
+                f"evaluate: timeout_minutes must be a finite number > 0 or left out, got {self.timeout_minutes!r}."
+            )
 
 
 def evaluate_steps(
@@ -109,7 +116,9 @@ def evaluate_steps(
             return {"model": name, "suite": suite.name, **_write(loaded.lm, suite, benchmark, settings, out)}
 
         kind = "generations" if benchmark.question else "scores"
-        steps.append(Step(kind, f"evaluate {name} on {benchmark.task} ({settings.split})", identity, (model,), make))
+        title = f"evaluate {name} on {benchmark.task} ({settings.split})"
+        # Of several devices the first evaluates.
+        steps.append(Step(kind, title, identity, (model,), make, device=execution.device.partition(",")[0]))
     return steps
 
 

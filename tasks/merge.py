@@ -1,7 +1,11 @@
-"""The merge step: from pinned checkpoints to a folder that transformers loads."""
+"""The merge step: from pinned checkpoints to a folder that transformers loads.
+
+Its parts are the shards of the merged weights, which a runner may have made apart, on several machines.
+"""
 
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -9,7 +13,9 @@ from typing import Any, Final
 from merging_core.checkpoint import Checkpoint
 from merging_core.devices import parse_devices
 from merging_core.jobs import MatrixDiagnostics
-from merging_core.merge import Inputs, merge, merged_bytes
+from merging_core.merge import Inputs, merge, merged_shards
+from merging_core.methods.base import Surveyor
+from merging_core.notes import Notes
 from merging_core.recipe import Recipe
 from tasks.align import Family, alignment_lines
 from tasks.model_card import licence_of, model_card
@@ -54,24 +60,22 @@ def merge_step(
         for ref in (named.base, *(named.experts[expert.name] for expert in recipe.experts))
     ]
 
-    def make(out: Path) -> dict[str, Any]:
-        devices = parse_devices(device)
-        inputs = Inputs(
+    def inputs() -> Inputs:
+        return Inputs(
             base=store.folder(base),
             experts=_folders(experts, store),
             vectors=_folders(vectors, store),
             statistics=_folders(statistics, store),
             calibration=_folders(calibration, store),
         )
-        conflicts = write_side_files(recipe, inputs.base, _folders(named.experts, store), out)
+
+    def make(out: Path) -> dict[str, Any]:
+        conflicts = write_side_files(recipe, store.folder(base), _folders(named.experts, store), out)
         for line in conflicts:
             log.warning("%s", line)
-        with Checkpoint(inputs.base, "the base") as opened:
-            total = merged_bytes(recipe, opened)
-        kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        require_free(out, total - kept + _SPARE_BYTES, f"the merge by {recipe.method.name}")
-        with track_bytes(f"merge {recipe.method.name}", total) as count:
-            diagnostics = merge(recipe, inputs, out, count, notes=out / NOTES, devices=devices)
+        for shard in parts():
+            _take_shard(shard.ref, out, store)
+        diagnostics = _merge(recipe, inputs(), out, device)
         lines = alignment_lines(aligned, store)
         (out / "recipe.yaml").write_text(recipe_yaml(recipe), encoding="utf-8")
         (out / "README.md").write_text(model_card(recipe, named, licences, lines, conflicts), encoding="utf-8")
@@ -89,7 +93,58 @@ def merge_step(
     identity["calibration"] = {name: ref.digest for name, ref in calibration.items()}
     parents = (base, *experts.values(), *vectors.values(), *statistics.values(), *calibration.values())
     parents = tuple(dict.fromkeys((*parents, named.base, *named.experts.values())))
-    return Step("merged", merge_title(recipe), identity, parents, make)
+
+    def parts() -> list[Step]:
+        return _shard_steps(Step("merged", merge_title(recipe), identity, parents, make), recipe, inputs, store, device)
+
+    return Step("merged", merge_title(recipe), identity, parents, make, device=device, parts=parts)
+
+
+def _shard_steps(whole: Step, recipe: Recipe, inputs: Callable[[], Inputs], store: Store, device: str) -> list[Step]:
+    """A step for each file of the merged weights; none for a single file.
+
+    None either for a method that has to see the whole model first: every shard would repeat that.
+    """
+    with Checkpoint(inputs().base, "the base") as opened:
+        files = merged_shards(recipe, opened)
+    if len(files) == 1 or (isinstance(recipe.method, Surveyor) and recipe.method.surveyed is not None):
+        return []
+
+    def one(number: int, file: str) -> Step:
+        def make(out: Path) -> dict[str, Any]:
+            return {"diagnostics": [asdict(one) for one in _merge(recipe, inputs(), out, device, file)]}
+
+        title = f"{whole.title}, file {number} of {len(files)}"
+        return Step("shard", title, {"of": whole.ref.digest, "file": file}, whole.parents, make, device=device)
+
+    return [one(number, file) for number, file in enumerate(files, start=1)]
+
+
+def _take_shard(shard: Ref, out: Path, store: Store) -> None:
+    """Put a finished shard, where there is one, into the folder of the merge, which then goes on with the others."""
+    if not store.bring(shard):
+        return
+    manifest, notes = store.manifest(shard), Notes(out / NOTES)
+    for file in manifest.files:
+        if not (out / file).exists():
+            try:
+                (out / file).hardlink_to(store.folder(shard) / file)
+            except OSError:  # a file system without links
+                shutil.copyfile(store.folder(shard) / file, out / file)
+        diagnostics = [MatrixDiagnostics(**one) for one in manifest.details["diagnostics"]]
+        notes.add(file, [one.tensor for one in diagnostics], diagnostics)
+
+
+def _merge(recipe: Recipe, inputs: Inputs, out: Path, device: str, only: str | None = None) -> list[MatrixDiagnostics]:
+    """Merge into ``out`` what is not there yet, all or one file, after a look at the free disk."""
+    devices = parse_devices(device)
+    with Checkpoint(inputs.base, "the base") as opened:
+        files = merged_shards(recipe, opened)
+    total = files[only] if only else sum(files.values())
+    kept = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    require_free(out, total - kept + _SPARE_BYTES, f"the merge by {recipe.method.name}")
+    with track_bytes(f"merge {recipe.method.name}", total) as count:
+        return merge(recipe, inputs, out, count, notes=out / NOTES, devices=devices, only=only)
 
 
 def merge_title(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 
 from merging_core.digest import file_sha256
 from merging_core.errors import CheckpointError
+from merging_core.streamed import require_files
 from tasks.progress import track
 from tasks.remote import Storage
 from tasks.store import MANIFEST, Manifest, Ref, Store
@@ -35,11 +36,13 @@ class Mirror:
         """Copy an artifact to the mirror; gives whether it was not there.
 
         Raises:
-            CheckpointError: if it is not in the store, if a file is not what its record says, or the storage fails.
+            CheckpointError: if it is not in the store or streamed, a file is not what its record says, or the storage
+                fails.
         """
         if self.has(ref):
             return False
         manifest, folder = store.manifest(ref), store.folder(ref)
+        require_files(folder, str(ref))
         files = {f"{_FILES}/{record['sha256']}": folder / name for name, record in manifest.files.items()}
         if problems := store.problems(ref):
             raise CheckpointError(f"{ref}: {problems[0]}. Not mirrored; make it again.")

@@ -7,6 +7,7 @@ from merging_core.adapter import is_adapter
 from merging_core.checkpoint import CONFIG
 from merging_core.devices import parse_devices
 from merging_core.errors import CheckpointError
+from merging_core.streamed import require_files
 
 TOKENIZERS: Final = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of which a folder with a tokenizer has one or more."""
@@ -23,12 +24,14 @@ def load_language_model(folder: Path, device: str, dtype: Any = "auto") -> tuple
     Raises:
         RecipeError: if there is no such device.
         CheckpointError: if it is an adapter, config or tokenizer are missing, transformers cannot load the folder, or
-            a weight that the model needs is not in it (transformers would draw it at random and only warn).
+            a weight that the model needs is not in it (transformers would draw it at random and only warn), or it is
+            streamed from object storage.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
     first = parse_devices(device)[0]
+    require_files(folder)
     if is_adapter(folder):
         raise CheckpointError(
             f"{folder}: is a PEFT adapter, and a complete model is expected here. Merge a recipe with this one expert "

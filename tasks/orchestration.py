@@ -17,8 +17,11 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
+from merging_core.errors import CheckpointError
+from tasks.apart import build_apart
+from tasks.fan_out import fan_out, resources
 from tasks.progress import watched_by
 from tasks.reporting import read_report
 from tasks.steps import Step, resolve_with_progress
@@ -45,11 +48,50 @@ class AsPrefectTasks:
 
     def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
         """See :class:`tasks.steps.Runner`."""
+        if runner := fan_out():
+            self._submit(runner, name, [part for step in self._missing(steps) for part in step.parts()])
         run = build_steps.with_options(name=name, task_run_name=_literal(title))
         state = run(list(steps), self.store, return_state=True)
         self._count([state])
         refs: list[Ref] = state.result()
         return refs
+
+    def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
+        """See :class:`tasks.steps.Runner`."""
+        if runner := fan_out():
+            self._submit(runner, name, [step for _, steps in groups for step in self._missing(steps)])
+        return [self.build(name, title, steps) for title, steps in groups]
+
+    def _submit(self, runner: TaskRunner[Any], name: str, steps: Sequence[Step]) -> None:
+        """Run each step as a task of its own, several at a time; what others made stays if one fails.
+
+        Raises:
+            CheckpointError: if a step was done by another machine, and its artifact is not here.
+        """
+        wanted = list({step.ref: (step, resources(step, runner)) for step in steps}.values())
+        if not wanted:
+            return
+        futures = []
+        with runner:
+            for step, room in wanted:
+                task = build_steps.with_options(name=name, task_run_name=_literal(step.title))
+                with room:
+                    futures.append(runner.submit(task, {"steps": [step], "store": self.store}))
+            for future in futures:
+                future.wait()
+            self._count(future.state for future in futures)
+            for future in futures:
+                future.result()
+        for step, _ in wanted:
+            if not self.store.bring(step.ref):
+                mirror = f"the mirror {self.store.mirror}" if self.store.mirror else "there is no mirror"
+                raise CheckpointError(
+                    f"{step.title}: done by another machine, but {step.ref} is not in the store {self.store.root}, and "
+                    f"{mirror}. Give all machines one store at the same path, or a mirror (TRIPOISE_MIRROR)."
+                )
+
+    def _missing(self, steps: Sequence[Step]) -> list[Step]:
+        return [step for step in steps if self.store.find(step.kind, step.identity) is None]
 
     def _count(self, states: Iterable[State[Any]]) -> None:
         for state in states:
@@ -69,9 +111,13 @@ def resolve_source(source: str, store: Store) -> Any:
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def build_steps(steps: list[Step], store: Store) -> Any:
-    """Build artifacts that belong together; reused if the store has all of them. Never retried: nothing is random."""
+    """Build artifacts that belong together; reused if the store has all of them. Never retried: nothing is random.
+
+    What names a device or has a time limit is made in a process of its own; that one may be ended without this one.
+    """
     with _progress_shown():
-        built = [step.build(store) for step in steps]
+        heavy = any(step.device or step.timeout_minutes for step in steps)
+        built = build_apart(steps, store) if heavy else [step.build(store) for step in steps]
     for step, one in zip(steps, built, strict=True):
         get_run_logger().info(
             "%s: %s %s in %.1f s", step.title, "reused" if one.reused else "made", one.ref, one.seconds

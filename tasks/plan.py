@@ -34,6 +34,8 @@ class Planner:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.unknown: list[str] = []
+        """What a flow will also compute, and cannot be known before."""
         self._planned: dict[Ref, Planned] = {}
         self._stored: dict[str, list[dict[str, Any]]] = {}
         """Kind to the flat identities of what the store has of it: read once, since many steps may be missing."""
@@ -50,6 +52,10 @@ class Planner:
     def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
         """See :class:`tasks.steps.Runner`."""
         return [self._ask(step) for step in steps]
+
+    def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
+        """See :class:`tasks.steps.Runner`."""
+        return [self.build(name, title, steps) for title, steps in groups]
 
     def _resolve(self, source: str) -> Ref:
         if is_data_recipe(source):

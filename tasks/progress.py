@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Final, Literal
 
@@ -14,10 +15,13 @@ log = logging.getLogger("tripoise.progress")
 # (done, total), both counted from the start of the step.
 Progress = Callable[[int, int], None]
 Watcher = Callable[[str, int, int], None]
+Unit = Literal["bytes", "items"]
 _SECONDS_BETWEEN_LINES: Final = 10.0
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _lock = threading.Lock()
 _bars: list["_Bars"] = []
+# What shows progress in place of this process, at most one.
+_elsewhere: list[Callable[[str, Unit], AbstractContextManager[Progress]]] = []
 
 
 def silent(done: int, total: int) -> None:
@@ -25,7 +29,7 @@ def silent(done: int, total: int) -> None:
 
 
 @contextlib.contextmanager
-def track(title: str, unit: Literal["bytes", "items"] = "items") -> Iterator[Progress]:
+def track(title: str, unit: Unit = "items") -> Iterator[Progress]:
     """Show the progress of one step; several may run at the same time.
 
     Args:
@@ -35,9 +39,18 @@ def track(title: str, unit: Literal["bytes", "items"] = "items") -> Iterator[Pro
     Yields:
         A function of (done, total), cheap enough to be called for every item.
     """
+    if _elsewhere:
+        with _elsewhere[0](title, unit) as progress:
+            yield progress
+        return
     with _terminal_bar(title, unit) if sys.stderr.isatty() else contextlib.nullcontext(_lines(title, unit)) as progress:
         watcher = _watcher.get()
         yield _also(progress, watcher, title) if watcher else progress
+
+
+def shown_by(show: Callable[[str, Unit], AbstractContextManager[Progress]]) -> None:
+    """Let something else show all progress of this process from now on, such as the process that started it."""
+    _elsewhere[:] = [show]
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from merging_core.methods import METHODS, Method, RTsvm
 from merging_core.recipe import ComputeDtype, Expert, Recipe, StoredDtype
 from merging_core.rules import Lines, Rule
 from merging_core.vocabulary import TokenizerPolicy
+from merging_core.writer import MAX_SHARD_BYTES
 from tasks.mergekit import from_mergekit, is_mergekit
 from tasks.names import check_names, nearest
 
@@ -106,6 +107,12 @@ class RecipeModel(BaseModel):
         title="Generation settings",
         description="Whose generation_config.json the merged model has: base, or the name of an expert.",
     )
+    max_shard_bytes: int = Field(
+        default=MAX_SHARD_BYTES,
+        title="Largest file",
+        description="Bytes at which a new file of the merged weights is begun. Machines can share files.",
+        ge=1,
+    )
 
     def recipe(self) -> Recipe:
         """The checked recipe.
@@ -125,6 +132,7 @@ class RecipeModel(BaseModel):
             tokenizer=self.tokenizer,
             chat_template=self.chat_template,
             generation_config=self.generation_config,
+            max_shard_bytes=self.max_shard_bytes,
         )
 
 

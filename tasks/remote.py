@@ -4,25 +4,29 @@ Credentials and endpoint come from the storage's own usual chain (for S3 ``AWS_P
 ``AWS_ENDPOINT_URL`` and so on), never from a URL or a setting of ours.
 """
 
+import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from merging_core.errors import CheckpointError, RecipeError
+from merging_core.streamed import ReadRange, StreamedFile
 from tasks.progress import Progress
 
 PART_BYTES: Final = 32 << 20
 """Bytes of one request, each way."""
 _THREADS: Final = 8
+_READS: Final = BoundedSemaphore(_THREADS)
+"""Ranges of streamed tensors that are held at a time, by all threads together."""
 _WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
 _FINAL: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
 _JOURNAL: Final = ".done"
@@ -166,14 +170,87 @@ class Storage:
             raise CheckpointError(f"{self.url}: {changed[0]} changed while it was downloaded. Run again.")
         journal.forget()
 
-    def _fetch(self, name: str, start: int, end: int, path: Path) -> None:
+    def fill(self, pinned: Object, start: int, into: memoryview) -> None:
+        """Read a range of a file below the URL into memory, in parallel parts.
+
+        Args:
+            pinned: the file as it was listed.
+            start: offset of the range in bytes; ``into`` says how long it is.
+            into: is filled; in all threads together, eight parts are held beside it.
+
+        Raises:
+            CheckpointError: if the file changed since it was listed, or the storage keeps failing.
+        """
+        name = pinned.url.rpartition("/")[2]
+
+        def part(offset: int) -> None:
+            end = min(offset + PART_BYTES, len(into))
+            with _READS:
+                into[offset:end] = self._range(name, start + offset, start + end)
+
+        offsets = range(0, len(into), PART_BYTES)
+        with self._unchanged(pinned):
+            if len(offsets) == 1:
+                part(0)
+            else:
+                with _pool() as pool:
+                    _all(pool, part, offsets)
+
+    def sha256(self, pinned: Object, progress: Progress) -> str:
+        """Read a file below the URL once, in parallel parts of bounded memory.
+
+        Args:
+            pinned: the file as it was listed.
+            progress: called with bytes done and bytes in all.
+
+        Raises:
+            CheckpointError: as :meth:`fill` does.
+        """
+        from merging_core.threads import computed_ahead  # brings torch
+
+        name, state = pinned.url.rpartition("/")[2], hashlib.sha256()
+        parts = [str(start) for start in range(0, pinned.size, PART_BYTES)]
+
+        def read(start: str) -> bytes:
+            return self._range(name, int(start), min(int(start) + PART_BYTES, pinned.size))
+
+        with (
+            self._unchanged(pinned),
+            _counted(f"sha256 of {pinned.url}", pinned.size, progress) as advance,
+            closing(computed_ahead(parts, read, _THREADS)) as contents,
+        ):
+            for _, content in contents:
+                state.update(content)
+                advance(len(content))
+        return state.hexdigest()
+
+    @contextmanager
+    def _unchanged(self, pinned: Object) -> Iterator[None]:
+        """Look at a file after it was read: what it is now it was then. s3fs sends no ``If-Match``."""
+        name = pinned.url.rpartition("/")[2]
+        try:
+            yield
+        except CheckpointError:
+            # A change explains a failure best.
+            self._require_same(name, pinned)
+            raise
+        self._require_same(name, pinned)
+
+    def _require_same(self, name: str, pinned: Object) -> None:
+        if self._info(name) != pinned:
+            raise CheckpointError(f"{pinned.url}: changed since it was pinned to content. Run again from the source.")
+
+    def _range(self, name: str, start: int, end: int) -> bytes:
         def once() -> bytes:
             content = bytes(self._fs.cat_file(self._path(name), start=start, end=end))
             if len(content) != end - start:
                 raise OSError(f"{len(content)} bytes arrived instead of {end - start}")
             return content
 
-        content = self._ask(once)
+        return self._ask(once)
+
+    def _fetch(self, name: str, start: int, end: int, path: Path) -> None:
+        content = self._range(name, start, end)
         handle = os.open(path, os.O_WRONLY)
         try:
             os.pwrite(handle, content, start)
@@ -209,6 +286,12 @@ class Storage:
                 log.warning("%s failed (%s); trying again in %s s", self.url, _kind(error), wait)
                 time.sleep(wait)
         raise AssertionError("the last wait is None")
+
+
+def open_ranges(file: StreamedFile) -> ReadRange:
+    """What reads ranges of a streamed file; see :meth:`Storage.fill`."""
+    storage, pinned = Storage(file.url.rpartition("/")[0]), Object(file.url, file.size, file.version)
+    return lambda start, into: storage.fill(pinned, start, into)
 
 
 class _Journal:

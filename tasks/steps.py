@@ -45,6 +45,12 @@ class Step:
     """Writes the files into an empty folder; may return details for the manifest."""
     elsewhere: Request | None = None
     """What makes it on a GPU worker, for a runner that has some."""
+    device: str = ""
+    """Torch device that its work is done on, or several separated by commas; empty: it is light."""
+    timeout_minutes: float | None = None
+    """Minutes after which a process that makes it is stopped, > 0; None: never."""
+    parts: Callable[[], Sequence["Step"]] = field(default=tuple, repr=False)
+    """Independent steps, in whose artifacts, where they exist, a share of its work is done."""
 
     @property
     def ref(self) -> Ref:
@@ -69,6 +75,9 @@ class Runner(Protocol):
     def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
         """Run steps that belong together, one after the other, as the unit ``name`` with the readable ``title``."""
 
+    def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
+        """Run groups of independent steps, a title and the steps each; several steps at a time if the runner can."""
+
 
 class Direct:
     """Run everything here and now, without a server."""
@@ -82,8 +91,16 @@ class Direct:
         return [self._note(resolve_with_progress(source, self.store)) for source in sources]
 
     def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
-        """See :class:`Runner`."""
+        """See :class:`Runner`. In this process, but for steps that have a time limit."""
+        if any(step.timeout_minutes for step in steps):
+            from tasks.apart import build_apart  # which is made of steps
+
+            return [self._note(built) for built in build_apart(steps, self.store)]
         return [self._note(step.build(self.store)) for step in steps]
+
+    def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
+        """See :class:`Runner`."""
+        return [self.build(name, title, steps) for title, steps in groups]
 
     def _note(self, built: Built) -> Ref:
         self.built.append(built)

@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.mirror import Mirror
 
 KINDS: Final = (
-    *("checkpoint", "adapter", "tokenizer", "task-vectors", "statistics", "calibration", "merged"),
+    *("checkpoint", "adapter", "tokenizer", "task-vectors", "statistics", "calibration", "shard", "merged"),
     *("interference", "data", "generations", "scores", "report", "publication"),
 )
 # Their makers go on with what an interrupted run left in the folder.
@@ -171,7 +171,7 @@ class Store:
             identity: everything that determines the bytes; see :func:`merging_core.digest.canonical_json`.
             make: writes the files into the folder it is given; may return details for the manifest, in which
                 ``location`` names the folder of files that stay in place and ``files`` their records.
-            parents: artifacts this one was made from.
+            parents: artifacts this one was made from; those that are not here are looked for in the mirror.
 
         Raises:
             CheckpointError: if the disk is full. Whatever ``make`` raises passes through. Nothing is left behind.
@@ -207,6 +207,14 @@ class Store:
                 log.info("waiting for another run that holds %s", name)
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    def relocate(self, ref: Ref, location: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let an artifact's record point to other files of the same content; whoever reads it sees one or the other."""
+        partial = self.home(ref) / f".{MANIFEST}.{os.getpid()}"
+        moved = replace(self.manifest(ref), location=str(location), files={**files})  # type: ignore[dict-item]
+        partial.write_text(json.dumps(asdict(moved), indent=1, sort_keys=True), encoding="utf-8")
+        flush(partial)
+        partial.rename(self.home(ref) / MANIFEST)
 
     def refs(self, kind: str | None = None) -> list[Ref]:
         """Every finished artifact, sorted; of one kind if named."""
@@ -328,6 +336,9 @@ class Store:
         partial.mkdir(parents=True, exist_ok=True)
         try:
             (partial / MANIFEST).unlink(missing_ok=True)
+            for parent in parents:
+                if not self.home(parent).exists():
+                    self.bring(parent)
             details = dict(make(partial) or {})
             if changed := [str(parent) for parent in parents if not self._is_usable(parent)]:
                 raise CheckpointError(

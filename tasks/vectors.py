@@ -94,7 +94,7 @@ def decompose_step(
         "expert": expert.digest,
         "settings": asdict(settings),
     }
-    return Step("task-vectors", f"decompose {name}", identity, (base, expert), make)
+    return Step("task-vectors", f"decompose {name}", identity, (base, expert), make, device=device)
 
 
 def measure_step(base: Ref, expert: Ref, name: str, settings: StatisticsSettings, store: Store) -> Step:
@@ -113,7 +113,7 @@ def measure_step(base: Ref, expert: Ref, name: str, settings: StatisticsSettings
         "expert": expert.digest,
         "settings": asdict(settings),
     }
-    return Step("statistics", f"measure {name}", identity, (base, expert), make)
+    return Step("statistics", f"measure {name}", identity, (base, expert), make, device="cpu")
 
 
 def interference_step(base: Ref, experts: Mapping[str, Ref], store: Store) -> Step:

@@ -68,7 +68,7 @@ def evaluate(
     else:
         ref, name = pin({"model": model}, run)["model"], model
     done = len(run.built)
-    scores = score(ref, name, chosen, settings, execution, run, deciding, served)
+    [scores] = score([(ref, name)], chosen, settings, execution, run, deciding, served)
     summary = deliver_scores(ref, name, chosen, scores, out, run.store, replace)
     summary |= {
         "reused": all(one.reused for one in run.built[done:]),

@@ -8,6 +8,7 @@ import typer
 
 from flows.commands.options import JsonOption, StoreOption, answer, open_store
 from merging_core.errors import MergeError, RecipeError
+from merging_core.streamed import is_streamed
 from tasks.store import KINDS
 
 app = typer.Typer(help="Look at the store of finished artifacts.", no_args_is_help=True)
@@ -138,5 +139,8 @@ def push(
         raise RecipeError("store push: no mirror. Name one with --mirror s3://bucket/prefix or TRIPOISE_MIRROR.")
     target = Mirror(url)
     refs = [opened.lookup(artifact)] if artifact else opened.refs()
+    if not artifact and (streamed := [ref for ref in refs if is_streamed(opened.folder(ref))]):
+        refs = [ref for ref in refs if ref not in streamed]
+        typer.echo(f"{len(streamed)} streamed checkpoints left out: their weights are on object storage already")
     num_sent = sum(target.push(ref, opened) for ref in refs)
     typer.echo(f"{num_sent} artifacts sent to {url}, {len(refs) - num_sent} were there")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from merging_core.devices import parse_devices
 from merging_core.errors import CheckpointError, NumericalError
+from merging_core.streamed import require_files
 from tasks.data.load import Loaded
 from tasks.data.rows import Row, Text
 from tasks.data.selections import RewardModel
@@ -77,6 +78,7 @@ class Scorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         quiet_transformers()
+        require_files(folder)
         self._settings = settings
         self._device = parse_devices(device)[0]
         where = f"reward model {settings.source}"

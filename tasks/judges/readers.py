@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from merging_core.devices import parse_devices
 from merging_core.errors import CheckpointError, RecipeError
+from merging_core.streamed import require_files
 from tasks.generations import Generation
 from tasks.models import load_language_model, quiet_transformers
 
@@ -125,6 +126,7 @@ def _load_classifier(folder: Path, device: str) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     quiet_transformers()
+    require_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model, report = AutoModelForSequenceClassification.from_pretrained(

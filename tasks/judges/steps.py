@@ -119,7 +119,8 @@ def judge_step(generations: Ref, benchmark: Benchmark, name: str, judge: AnyJudg
         return {**store.manifest(generations).details, "model": name, **scored.record()}
 
     parents = (generations, ready.model) if isinstance(ready, Classifier) else (generations,)
-    return Step("scores", title, identity, parents, make)
+    device = judge.device if isinstance(judge, ClassifierJudge) else ""
+    return Step("scores", title, identity, parents, make, device=device)
 
 
 def _prepared(judge: AnyJudge, question: Question, store: Store) -> Judge:

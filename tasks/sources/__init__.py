@@ -2,12 +2,15 @@
 
 import difflib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
+from merging_core.digest import digest_of
 from merging_core.errors import CheckpointError, RecipeError
+from merging_core.streamed import is_note, is_streamed, require_files
 from tasks.progress import Progress, silent
 from tasks.sources.names import is_data_recipe
 from tasks.store import KINDS, Built, Ref, Store
@@ -23,7 +26,9 @@ class Pinned:
     folder: Path
     """Where the files lie; a README.md with the licence may lie beside them."""
     files: dict[str, dict[str, Any]]
-    """Name of each content file to its ``size`` in bytes, ``sha256`` and ``mtime_ns``."""
+    """Name of each file here to its ``size`` in bytes, ``sha256`` and ``mtime_ns``; a note for a streamed one."""
+    content: dict[str, str]
+    """Name of each content file to its sha256, streamed or not."""
     origin: str
     """Where it came from, for people: ``hf://org/name@<commit>`` or an absolute path."""
 
@@ -64,6 +69,8 @@ def _from_folder(source: str, store: Store, progress: Progress) -> Built:
     from tasks.sources.local import pin
 
     folder = Path(source).expanduser().absolute()
+    # What a note says of content was checked for the store's own only.
+    require_files(folder, source)
     return _record(pin(folder, source, str(folder), store.root / "hashes", progress), store)
 
 
@@ -115,6 +122,14 @@ _SCHEMES: Final[dict[str, tuple[str, Callable[[str, Store, Progress], Built]]]] 
 
 
 def _record(pinned: Pinned, store: Store) -> Built:
-    identity = {"files": {name: record["sha256"] for name, record in pinned.files.items()}}
+    identity = {"files": pinned.content}
     details = {"location": str(pinned.folder), "files": pinned.files, "origin": pinned.origin}
+    if is_streamed(pinned.folder):
+        # The mirror would send or want all files of it.
+        store = Store(store.root)
+    else:
+        ref = Ref("checkpoint", digest_of(identity))
+        with suppress(CheckpointError):  # there is no record yet, or a damaged one
+            if any(is_note(Path(name)) for name in store.manifest(ref).files):
+                store.relocate(ref, pinned.folder, pinned.files)
     return store.build("checkpoint", identity, lambda folder: details)

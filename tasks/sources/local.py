@@ -14,6 +14,7 @@ from merging_core.adapter import ADAPTER_WEIGHTS, adapter_weights, is_adapter
 from merging_core.adapter_config import ADAPTER_CONFIG, AdapterConfig
 from merging_core.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, weight_files
 from merging_core.errors import CheckpointError
+from merging_core.streamed import is_note, read_note, shard_name
 from tasks.progress import Progress
 from tasks.sources import Pinned
 
@@ -56,7 +57,11 @@ def pin(folder: Path, name: str, origin: str, memo: Path, progress: Progress) ->
         CheckpointError: if the folder or a file is missing, damaged or pickled, or changes meanwhile.
     """
     files = content_files(folder, name)
-    return Pinned(folder.resolve(), _hash_all(files, name, memo, progress), origin)
+    records = _hash_all(files, name, memo, progress)
+    content = {
+        shard_name(path): read_note(path).sha256 if is_note(path) else records[path.name]["sha256"] for path in files
+    }
+    return Pinned(folder.resolve(), records, content, origin)
 
 
 def content_files(folder: Path, name: str) -> list[Path]:

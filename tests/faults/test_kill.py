@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch
 from safetensors import safe_open
 
 import merging_core.merge
-import tasks.merge
 from flows.pipeline import Kitchen, pin
 from merging_core.digest import file_sha256
 from tasks.deliver import deliver_artifact
@@ -115,8 +113,8 @@ def test_a_merge_killed_at_any_touch_of_its_folder_goes_on_with_the_next_unfinis
         write(folder, tensors, lambda name: computed.append(name) or compute(name), **options)
 
     monkeypatch.setattr(merging_core.merge, "write_checkpoint", counted)
-    monkeypatch.setattr(tasks.merge, "merge", partial(tasks.merge.merge, max_shard_bytes=1500))
     recipe = recipe_file()
+    recipe.write_text(recipe.read_text() + "max_shard_bytes: 1500\n")
     prepared = tmp_path / "prepared"
     merge(recipe, prepared / "store", prepared / "out")
     num_tensors = len(computed)

@@ -1,5 +1,6 @@
 """The command line in this process, and one real, temporary Prefect server with its own database and storage."""
 
+import shutil
 import sys
 
 import pytest
@@ -40,3 +41,43 @@ def tripoise(tmp_path, monkeypatch, capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+EXPERTS = ("helpful", "honest", "harmless")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A briefly trained mini-3H base, as a folder; enough for plumbing."""
+    from tasks.sources import resolve
+    from tasks.store import Store
+
+    store = Store(tmp_path_factory.mktemp("trained"))
+    return store.folder(resolve("mini3h://base?budget=smoke", store).ref)
+
+
+@pytest.fixture
+def expert_of(trained):
+    """Writes a copy of the trained base with noise on its weights."""
+    from safetensors.torch import load_file, save_file
+
+    def write(folder, seed):
+        shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("manifest.json"))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in load_file(folder / "model.safetensors").items()
+        }
+        (folder / "model.safetensors").unlink()
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def models(trained, expert_of, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
+    return {"base": str(trained)} | {
+        name: str(expert_of(tmp_path / "models" / name, seed)) for seed, name in enumerate(EXPERTS)
+    }

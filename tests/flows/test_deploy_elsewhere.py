@@ -13,6 +13,7 @@ from flows.pools import OnPools, runner
 from merging_core.errors import CheckpointError, RecipeError
 from merging_core.recipe import Recipe
 from tasks.align import Family
+from tasks.evaluate import Execution
 from tasks.orchestration import AsPrefectTasks
 from tasks.plan import Planner
 from tasks.recipes import parse_recipe
@@ -70,6 +71,28 @@ def test_a_request_for_task_vectors_names_the_same_ones(family, store):
     kitchen = Kitchen(planner, *pin_recipe(linear, planner))
     with pytest.raises(RecipeError, match="needs no task vectors"):
         kitchen.prepare(linear)
+
+
+def test_a_time_limit_goes_along_with_every_request_and_names_the_same_artifacts(family, store):
+    recipe = recipe_of(family, {"name": "r_tsvm"})
+    plain, limited = Recorder(store), Recorder(store)
+    merged = Kitchen(plain, *pin_recipe(recipe, plain)).merge(recipe)
+    assert Kitchen(limited, *pin_recipe(recipe, limited), timeout_minutes=7.5).merge(recipe) == merged
+    assert {step.timeout_minutes for step in limited.steps} == {7.5}
+    assert {step.elsewhere.parameters["request"]["timeout_minutes"] for step in limited.steps} == {7.5}
+    request = MergeAndEvaluate.model_validate(
+        {"recipe": {"base": "b", "experts": [{"name": "a", "source": "s"}]}, "execution": {"timeout_minutes": 7.5}}
+    )
+    base, recorder = resolve(str(family["base"]), store).ref, Recorder(store)
+    Exam.of(request, recorder).scores(base, "base")
+    assert {step.timeout_minutes for step in recorder.steps} == {7.5}
+    assert asked(recorder.steps[0], "evaluate/evaluate", Evaluate).execution.timeout_minutes == 7.5
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("inf"), float("nan")])
+def test_a_time_limit_that_is_none_is_refused(minutes):
+    with pytest.raises(RecipeError, match="timeout_minutes must be a finite number > 0"):
+        Execution(timeout_minutes=minutes)
 
 
 @pytest.mark.parametrize("limit", [None, 3])

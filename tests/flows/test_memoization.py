@@ -5,48 +5,16 @@ import time
 from collections import Counter
 
 import pytest
-import torch
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from flows.benchmark import benchmark
 from flows.merge_and_evaluate import merge_and_evaluate
 from flows.parameters import Bench, MergeAndEvaluate
-from tasks.sources import resolve
 from tasks.store import Store
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 ROLES = ("helpful", "honest", "harmless")
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A briefly trained mini-3H base, as a folder; enough for plumbing."""
-    store = Store(tmp_path_factory.mktemp("trained"))
-    return store.folder(resolve("mini3h://base?budget=smoke", store).ref)
-
-
-def expert_of(base, folder, seed):
-    """A copy of the base with noise on its weights."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("manifest.json"))
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {
-        name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture
-def models(trained, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
-    return {"base": str(trained)} | {
-        name: str(expert_of(trained, tmp_path / "models" / name, seed)) for seed, name in enumerate(ROLES)
-    }
 
 
 def request(models, **method):
@@ -95,9 +63,9 @@ def test_a_new_scale_decomposes_nothing(models):
     assert (cached["decompose"], cached["measure"], cached["evaluate"]) == (3, 3, 4)
 
 
-def test_a_new_expert_costs_its_own_task_vectors_the_merge_and_its_scores(models, trained, tmp_path):
+def test_a_new_expert_costs_its_own_task_vectors_the_merge_and_its_scores(models, expert_of, tmp_path):
     run(merge_and_evaluate, request(models))
-    changed = models | {"honest": str(expert_of(trained, tmp_path / "models" / "other", 9))}
+    changed = models | {"honest": str(expert_of(tmp_path / "models" / "other", 9))}
     _, made, cached = run(merge_and_evaluate, request(changed))
     ours = {"resolve": 1, "decompose": 1, "measure": 1, "merge": 1, "evaluate": 2, "compare": 1, "report": 1}
     assert made == ours | SHOWN

@@ -7,7 +7,7 @@ from tiny_checkpoints import CONFIG, assert_same_bits, llama, merged, read_folde
 from merging_core.checkpoint import Checkpoint, TensorInfo
 from merging_core.compatibility import check_compatible, own_tensors, vocabulary
 from merging_core.errors import IncompatibleError, MergeError
-from merging_core.merge import Inputs, merge, merged_bytes
+from merging_core.merge import Inputs, merge, merged_shards
 from merging_core.methods import Linear
 from merging_core.recipe import Expert, Recipe
 
@@ -217,7 +217,7 @@ def test_the_announced_size_is_what_is_written_when_a_tied_head_is_left_out(tmp_
     recipe = Recipe(base="b", experts=(Expert(name="honest", source="x"),), method=Linear())
     sizes = []
     merge(recipe, Inputs(base=base, experts={"honest": base}), tmp_path / "out", sizes.append)
-    assert merged_bytes(recipe, Checkpoint(base)) == sum(sizes)
+    assert merged_shards(recipe, Checkpoint(base)) == {"model.safetensors": sum(sizes)}
     assert HEAD not in read_folder(tmp_path / "out")
 
 

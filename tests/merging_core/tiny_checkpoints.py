@@ -3,6 +3,7 @@
 import json
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -168,7 +169,6 @@ class Merge:
         config=CONFIG,
         shards=1,
         rank_fraction=1.0,
-        max_shard_bytes=MAX_SHARD_BYTES,
         given_order=None,
         out=None,
         devices=CPU,
@@ -219,15 +219,13 @@ class Merge:
         self.out = Path(out or folder / "merged")
         self.out.mkdir(exist_ok=True)
         self.progress = []
-        self.diagnostics = merge(
-            self.recipe, self.inputs, self.out, self.progress.append, max_shard_bytes, devices=devices
-        )
+        self.diagnostics = merge(self.recipe, self.inputs, self.out, self.progress.append, devices=devices)
         self.tensors = read_folder(self.out)
 
-    def again(self, **options):
+    def again(self, max_shard_bytes=MAX_SHARD_BYTES, **options):
         """Merge the same inputs once more; the new folder."""
         out = Path(tempfile.mkdtemp(dir=_ROOT.name))
-        merge(self.recipe, self.inputs, out, **options)
+        merge(replace(self.recipe, max_shard_bytes=max_shard_bytes), self.inputs, out, **options)
         return out
 
 
