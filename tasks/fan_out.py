@@ -1,9 +1,13 @@
 """Where independent steps run at the same time: on a Ray cluster, on threads, or nowhere."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
+from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from merging_core.errors import RecipeError
@@ -36,10 +40,28 @@ def fan_out() -> TaskRunner[Any] | None:
     return None if number == 1 else ThreadPoolTaskRunner(max_workers=number)
 
 
+@contextmanager
+def started(runner: TaskRunner[Any]) -> Iterator[None]:
+    """Start a runner, and stop it at the end. SIGTERM goes on to mean what it did: Ray would change it."""
+    before = signal.getsignal(signal.SIGTERM)
+    with runner:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+        yield
+
+
+def wait_for(futures: Sequence[PrefectFuture[Any]]) -> None:
+    """Wait until all have ended, in a thread: in one that waits for Ray itself, what a signal raises is lost."""
+    waiting = threading.Thread(target=lambda: [future.wait() for future in futures], daemon=True)
+    waiting.start()
+    waiting.join()
+
+
 def resources(step: Step, runner: TaskRunner[Any]) -> AbstractContextManager[Any]:
     """What a step that is submitted in this context gets of a cluster: a CPU, and the GPUs that its device names.
 
-    What a worker or a node that dies was working on runs again on another one, three times at most.
+    What a worker or a node that dies was working on runs again on another one, three times at most. Workers are used
+    again: what holds a GPU's memory is the process of a step below them.
 
     Raises:
         RecipeError: if a device is numbered otherwise than in a task that has no other GPUs.
@@ -48,7 +70,9 @@ def resources(step: Step, runner: TaskRunner[Any]) -> AbstractContextManager[Any
         return nullcontext()
     from prefect_ray.context import remote_options
 
-    options: AbstractContextManager[Any] = remote_options(num_cpus=1, num_gpus=num_gpus(step.device), max_retries=3)
+    options: AbstractContextManager[Any] = remote_options(
+        num_cpus=1, num_gpus=num_gpus(step.device), max_retries=3, max_calls=0
+    )
     return options
 
 

@@ -21,7 +21,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from merging_core.errors import CheckpointError
 from tasks.apart import build_apart
-from tasks.fan_out import fan_out, resources
+from tasks.fan_out import fan_out, resources, started, wait_for
 from tasks.progress import watched_by
 from tasks.reporting import read_report
 from tasks.steps import Step, resolve_with_progress
@@ -72,13 +72,12 @@ class AsPrefectTasks:
         if not wanted:
             return
         futures = []
-        with runner:
+        with started(runner):
             for step, room in wanted:
                 task = build_steps.with_options(name=name, task_run_name=_literal(step.title))
                 with room:
                     futures.append(runner.submit(task, {"steps": [step], "store": self.store}))
-            for future in futures:
-                future.wait()
+            wait_for(futures)
             self._count(future.state for future in futures)
             for future in futures:
                 future.result()

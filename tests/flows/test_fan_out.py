@@ -264,6 +264,17 @@ def test_a_step_has_gpus_of_its_own_on_ray(cluster, tmp_path):
     assert [one["gpus"] for one in begun(tmp_path, 2)] == ["0", "0"]
 
 
+def test_a_flow_that_is_stopped_stops_its_steps_on_ray(cluster, tmp_path):
+    flow = on_ray(cluster, "-m", "tests.flows.steps_on_ray", tmp_path, 1, "cpu")
+    [only] = begun(tmp_path, 1)
+    step = psutil.Process(only["processes"][0])
+    flow.terminate()
+    step.wait(timeout=60)
+    said, _ = flow.communicate(timeout=60)
+    assert flow.returncode != 0, said
+    assert Store(tmp_path / "store").refs() == []
+
+
 @pytest.mark.parametrize(("device", "number"), [("", 0), ("cpu", 0), ("cuda", 1), ("cuda:0", 1), ("cuda:0, cuda:1", 2)])
 def test_a_device_names_so_many_gpus(device, number):
     assert num_gpus(device) == number
