@@ -65,9 +65,7 @@ class Client:
             OSError: if the file ``PREFECT_API_SSL_CERT_FILE``, which says who signed its certificate, cannot be read.
         """
         if not (url := url or os.environ.get("PREFECT_API_URL")):
-            raise RecipeError(
-                "no server: set PREFECT_API_URL=http://host:4200/api, or start one with `tripoise serve`."
-            )
+            raise no_server()
         user, _, secret = (password or os.environ.get("PREFECT_API_AUTH_STRING") or "").partition(":")
         auth = httpx.BasicAuth(user, secret) if user else None
         trusted = os.environ.get("PREFECT_API_SSL_CERT_FILE")
@@ -175,9 +173,7 @@ class Client:
                 answer = self._send(verb, place, body)
             except httpx.TransportError as error:
                 if not (pause and twice):
-                    raise CheckpointError(
-                        f"{self._http.base_url}: no answer ({error}). Start the server, or correct PREFECT_API_URL."
-                    ) from error
+                    raise no_answer(str(self._http.base_url).rstrip("/"), error) from error
             else:
                 # With 503 Prefect says that two writers met in its database; nothing was done.
                 again = (httpx.codes.SERVICE_UNAVAILABLE, *((httpx.codes.BAD_GATEWAY,) if twice else ()))
@@ -201,6 +197,16 @@ class Client:
                 self._http.headers["Prefect-Csrf-Token"] = token.json()["token"]
                 answer = self._http.request(verb, place, json=body)
         return answer
+
+
+def no_server() -> RecipeError:
+    """What is said where no server is named."""
+    return RecipeError("no server: set PREFECT_API_URL=http://host:4200/api, or start one with `tripoise serve`.")
+
+
+def no_answer(url: str, error: httpx.TransportError) -> CheckpointError:
+    """What is said where the server that is named does not answer."""
+    return CheckpointError(f"{url}: no answer ({error}). Start the server, or correct PREFECT_API_URL.")
 
 
 def _run(answer: Mapping[str, Any]) -> Run:

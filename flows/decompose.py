@@ -22,9 +22,9 @@ def _run_name() -> str:
 def decompose(request: Decompose) -> dict[str, Any]:
     """You get the task vectors of a recipe's experts in the store; merges by any scale, weight or subset reuse them."""
     run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
-    base, experts = pin_recipe(recipe, run)
+    pinned = pin_recipe(recipe, run)
     with gpu_slot():
-        kitchen = Kitchen(run, base, experts, request.device, recipe.tokenizer, request.timeout_minutes)
+        kitchen = Kitchen.of(recipe, run, request.device, request.timeout_minutes, pinned)
         made = kitchen.prepare(recipe)
     show_lines("made", f"{len(made)} artifacts", [f"{ref.kind}/{ref.digest}" for ref in made])
     return completed(num_made=len(made), made=[f"{ref.kind}/{ref.digest}" for ref in made])

@@ -22,9 +22,9 @@ def _run_name() -> str:
 def merge(request: Merge) -> dict[str, Any]:
     """You get a merged model, as an artifact of the store."""
     run, recipe = AsPrefectTasks(Store.default()), request.recipe.recipe()
-    base, experts = pin_recipe(recipe, run)
+    pinned = pin_recipe(recipe, run)
     with gpu_slot():
-        kitchen = Kitchen(run, base, experts, request.device, recipe.tokenizer, request.timeout_minutes)
+        kitchen = Kitchen.of(recipe, run, request.device, request.timeout_minutes, pinned)
         merged = kitchen.merge(recipe)
     show_model(merged, run.store)
     return completed(merged=f"{merged.kind}/{merged.digest}")

@@ -7,7 +7,7 @@ from prefect.runtime import flow_run
 
 from flows.approval import decision, published
 from flows.parameters import MergeAndEvaluate
-from flows.pipeline import Exam, Kitchen, pin_recipe
+from flows.pipeline import Exam, Kitchen, Pinned, pin_recipe
 from flows.pools import runner
 from flows.shown import completed, show_model, show_plan
 from tasks.orchestration import TASK_RUNNER, publish
@@ -41,9 +41,7 @@ def merge_and_evaluate(request: MergeAndEvaluate) -> dict[str, Any]:
     return completed(merged=f"{model.kind}/{model.digest}", report=f"{report.kind}/{report.digest}", **where)
 
 
-def merge_and_score(
-    request: MergeAndEvaluate, run: Runner, pinned: tuple[Ref, dict[str, Ref]] | None = None
-) -> tuple[Ref, Ref]:
+def merge_and_score(request: MergeAndEvaluate, run: Runner, pinned: Pinned | None = None) -> tuple[Ref, Ref]:
     """The merged model and the report on it.
 
     Args:
@@ -51,13 +49,12 @@ def merge_and_score(
         run: runs the steps.
         pinned: base and experts, where they were resolved before.
     """
-    recipe, exam = request.recipe.recipe(), Exam.of(request, run)
-    base, experts = pinned or pin_recipe(recipe, run)
-    done_by = request.execution
-    kitchen = Kitchen(run, base, experts, done_by.device, recipe.tokenizer, done_by.timeout_minutes)
+    recipe, exam, done_by = request.recipe.recipe(), Exam.of(request, run), request.execution
+    kitchen = Kitchen.of(recipe, run, done_by.device, done_by.timeout_minutes, pinned)
     merged = kitchen.merge(recipe)
     models = {expert.name: kitchen.complete(expert, recipe.base) for expert in recipe.experts}
     title = recipe.method.name
+    base = kitchen.sources.base
     asked = [(base, "base"), *((ref, name) for name, ref in models.items()), (merged, title)]
     first, *tuned, last = exam.scores_of(asked)
     entries = [

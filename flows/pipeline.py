@@ -24,6 +24,9 @@ from tasks.store import Ref
 from tasks.suite import Split, Suite
 from tasks.vectors import decompose_settings, decompose_step, measure_step, require_compatible, require_rules
 
+Pinned = tuple[Ref, dict[str, Ref]]
+"""The base of a recipe, and its experts by name."""
+
 
 def pin(sources: Mapping[str, str], run: Runner) -> dict[str, Ref]:
     """Resolve named sources to checkpoints, each source once."""
@@ -32,7 +35,7 @@ def pin(sources: Mapping[str, str], run: Runner) -> dict[str, Ref]:
     return {name: found[source] for name, source in sources.items()}
 
 
-def pin_recipe(recipe: Recipe, run: Runner) -> tuple[Ref, dict[str, Ref]]:
+def pin_recipe(recipe: Recipe, run: Runner) -> Pinned:
     """The base of a recipe, then its experts by name: an expert may be trained from the base."""
     require_texts(recipe)
     base = pin({"base": recipe.base}, run)["base"]
@@ -54,6 +57,19 @@ class Kitchen:
     """Of one merge, or of what one expert needs for it; None: no limit."""
     sources: Family = field(init=False)
     _built: set[Ref] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        run: Runner,
+        device: str = "cpu",
+        timeout_minutes: float | None = None,
+        pinned: Pinned | None = None,
+    ) -> Self:
+        """The kitchen of one recipe, whose base and experts are resolved now unless they are ``pinned``."""
+        base, experts = pinned or pin_recipe(recipe, run)
+        return cls(run, base, experts, device, recipe.tokenizer, timeout_minutes)
 
     def __post_init__(self) -> None:
         require_compatible(self.base, self.experts, self.run.store, to_be_aligned=self.tokenizer is not None)

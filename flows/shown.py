@@ -9,7 +9,6 @@ from prefect.states import Completed
 from tasks.lineage import lineage_mermaid, lineage_text
 from tasks.plan import Planner
 from tasks.scores import read_record
-from tasks.steps import Runner
 from tasks.store import Ref, Store
 from tasks.suite import Suite
 
@@ -25,8 +24,11 @@ def completed(**result: Any) -> dict[str, Any]:
     return cast(dict[str, Any], Completed(message=said, data=result))
 
 
-def show_plan(compose: Callable[[Runner], Any], store: Store) -> None:
-    """Which steps will be reused, and which computed and why, those first; of very many the first are listed."""
+def show_plan(compose: Callable[[Planner], Any], store: Store) -> None:
+    """Which steps will be reused, and which computed and why, those first; of very many the first are listed.
+
+    What cannot be known yet is named in the description.
+    """
     planner = Planner(store)
     compose(planner)
     rows = [
@@ -38,6 +40,8 @@ def show_plan(compose: Callable[[Runner], Any], store: Store) -> None:
     said = f"{computed} to compute, {len(rows) - computed} to reuse"
     if len(rows) > _MOST_LINES:
         said += f"; the first {_MOST_LINES} are listed, `tripoise plan` lists all"
+    if planner.unknown:
+        said += f". Not known yet: {'; '.join(planner.unknown)}"
     create_table_artifact(key="plan", table=rows[:_MOST_LINES], description=said)
 
 

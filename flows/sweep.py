@@ -1,23 +1,29 @@
 """The flow ``sweep``: many recipes tried on validation, a few of them reported on test."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.pipeline import Exam, Kitchen, pin_recipe
+from flows.pipeline import Exam, Kitchen, Pinned, pin_recipe
 from flows.reported import reported
+from flows.shown import show_plan
 from flows.sweep_parameters import Sweep
+from merging_core.errors import RecipeError
 from merging_core.recipe import Recipe
 from tasks.comparison import Role
 from tasks.merge import merge_title
 from tasks.orchestration import TASK_RUNNER
+from tasks.plan import Planner
 from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry
 from tasks.steps import Runner
 from tasks.store import Ref
+from tasks.suite import Split
 from tasks.sweep.files import entry_name, outcome, sweep_report_step
-from tasks.sweep.proposals import sampler
+from tasks.sweep.proposals import foreseen, sampler
 from tasks.sweep.trials import Laboratory, run_trials
 from tasks.vectors import interference_step
 
@@ -33,39 +39,97 @@ def sweep(request: Sweep) -> dict[str, Any]:
 
     Run again after a stop it goes on: equal trials are proposed, and what they gave is in the store.
     """
-    return reported(lambda run: search_recipes(request, run))
+
+    def compose(run: Runner) -> Ref:
+        pinned = pin_recipe(request.recipe.recipe(), run)
+        show_plan(lambda planner: plan_search(request, planner, pinned), run.store)
+        return search_recipes(request, run, pinned)
+
+    return reported(compose)
 
 
-def search_recipes(request: Sweep, run: Runner) -> Ref:
-    """The report of a sweep."""
-    exam, space = Exam.of(request, run), request.space()
-    recipe = space.recipe
-    base, experts = pin_recipe(recipe, run)
-    kitchen = Kitchen(run, base, experts, request.execution.device, recipe.tokenizer)
+def search_recipes(request: Sweep, run: Runner, pinned: Pinned | None = None) -> Ref:
+    """The report of a sweep.
 
-    def on_validation(model: Ref, recipe: Recipe, limit: int | None) -> list[Ref]:
-        return exam.scores(model, merge_title(recipe), "validation", limit)
-
+    Args:
+        request: what is searched.
+        run: runs the steps.
+        pinned: base and experts, where they were resolved before.
+    """
+    search, space = _Search.of(request, run, pinned), request.space()
     # First, since a suite that cannot be run is refused here, and not trial by trial.
-    known: list[tuple[str, Role, Ref]] = [("base", "base", base)]
-    known += [(one.name, "expert", kitchen.complete(one, recipe.base)) for one in recipe.experts]
-    validation = {name: exam.scores(model, name, "validation") for name, _, model in known}
-
-    laboratory = Laboratory(kitchen.merge, on_validation, exam.suite, run.store)
+    validation = search.references("validation")
+    laboratory = Laboratory(search.kitchen.merge, search.on_validation, search.exam.suite, run.store)
     proposed = sampler(request.sampler, space, request.trials, request.seed)
     found = outcome(run_trials(space, proposed, request.trials, request.pruning, laboratory), request.keep)
 
-    entries = [Entry(name, role, model, exam.scores(model, name), validation[name]) for name, role, model in known]
+    entries = [
+        Entry(name, role, model, test, own)
+        for (name, role, model), test, own in zip(search.known, search.references("test"), validation, strict=True)
+    ]
     for trial in (found.trials[number] for number in found.chosen):
         model, name = trial.model, entry_name(trial)
         assert model is not None
         assert trial.recipe is not None
-        entries.append(Entry(name, "merged", model, exam.scores(model, name), trial.scores, recipe_yaml(trial.recipe)))
-    compare = interference_step(kitchen.base, kitchen.experts, run.store)
-    [interference] = run.build("compare", "compare experts", [compare])
-    second = exam.second_opinions(entries)
+        test = search.exam.scores(model, name)
+        entries.append(Entry(name, "merged", model, test, trial.scores, recipe_yaml(trial.recipe)))
+    interference, second = search.interference(), search.exam.second_opinions(entries)
     step = sweep_report_step(
-        request.title, exam.suite, entries, interference, found, request.searched(), run.store, second
+        request.title, search.exam.suite, entries, interference, found, request.searched(), run.store, second
     )
     [report] = run.build("report", "report", [step])
     return report
+
+
+def plan_search(request: Sweep, planner: Planner, pinned: Pinned | None = None) -> None:
+    """Ask for what no score decides, and say what scores decide; see :func:`search_recipes`."""
+    search, space = _Search.of(request, planner, pinned), request.space()
+    search.references("validation")
+    search.references("test")
+    search.interference()
+    points = foreseen(request.sampler, space, request.trials, request.seed)
+    limit = request.pruning.limit if request.pruning else None
+    for point in points:
+        try:
+            recipe = space.at(point)
+            model = search.kitchen.merge(recipe)
+        except RecipeError:
+            continue  # the run records such a trial as refused
+        search.on_validation(model, recipe, limit)
+    if request.sampler == "tpe" and len(points) < request.trials:
+        planner.unknown.append(f"the trials from {len(points)} on, proposed by the scores of those before")
+    if request.pruning:
+        planner.unknown.append("which trials are pruned, and the whole validation of the others")
+    planner.unknown.append("which trials are tested, and the report")
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A sweep whose models are pinned: what it asks for, however many trials there are."""
+
+    exam: Exam
+    kitchen: Kitchen
+    known: Sequence[tuple[str, Role, Ref]]
+    """Base and experts."""
+
+    @classmethod
+    def of(cls, request: Sweep, run: Runner, pinned: Pinned | None) -> Self:
+        exam, recipe, done_by = Exam.of(request, run), request.recipe.recipe(), request.execution
+        kitchen = Kitchen.of(recipe, run, done_by.device, done_by.timeout_minutes, pinned)
+        known: list[tuple[str, Role, Ref]] = [("base", "base", kitchen.sources.base)]
+        known += [(one.name, "expert", kitchen.complete(one, recipe.base)) for one in recipe.experts]
+        return cls(exam, kitchen, known)
+
+    def references(self, split: Split) -> list[list[Ref]]:
+        """Scores of base and experts."""
+        return self.exam.scores_of([(model, name) for name, _, model in self.known], split)
+
+    def on_validation(self, model: Ref, recipe: Recipe, limit: int | None) -> list[Ref]:
+        """Scores of a trial; with a limit, on the first samples only."""
+        return self.exam.scores(model, merge_title(recipe), "validation", limit)
+
+    def interference(self) -> Ref:
+        """How the experts agree."""
+        compare = interference_step(self.kitchen.base, self.kitchen.experts, self.kitchen.run.store)
+        [found] = self.kitchen.run.build("compare", "compare experts", [compare])
+        return found

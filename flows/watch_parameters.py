@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flows.evaluation import Evaluation
-from tasks.names import check_names
+from tasks.names import check_names, repeated
 from tasks.recipes import Source, read_yaml, validated
 from tasks.watch.records import Acceptance, Terms, Watched
 
@@ -71,8 +71,7 @@ class Watch(Evaluation):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [one.name for one in self.sources]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(one.name for one in self.sources):
             raise ValueError(f"sources: names must differ, {twice[0]!r} stands twice")
         if made := [one.source for one in self.sources if one.source.startswith("mini3h://")]:
             raise ValueError(f"sources: {made[0]} is made here and never changes; watch a folder, s3:// or hf://")

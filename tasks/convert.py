@@ -1,6 +1,7 @@
 """Pickled weights to safetensors: read in a process of their own, without running what a pickle asks for.
 
-``python -m tasks.convert FOLDER OUT`` is that process. It says on stdout, in one line, why it refused.
+``python -m tasks.convert FOLDER OUT`` is that process. It says on stdout, in one line, why it refused, and ends where
+its stdin closes.
 """
 
 import json
@@ -23,6 +24,7 @@ from merging_core.checkpoint import CONFIG, DTYPES, TensorInfo
 from merging_core.compatibility import EMBEDDINGS, HEAD, same_bits
 from merging_core.errors import CheckpointError, MergeError, RecipeError
 from merging_core.writer import write_checkpoint
+from tasks.parent import end_with_parent
 from tasks.sources.local import COMPANIONS
 from tasks.store import flush_folder, remove, require_free
 
@@ -133,7 +135,10 @@ def _run_reader(folder: Path, partial: Path, name: str) -> None:
     # -P: a file named torch.py in the current folder must not be what the reader imports.
     command = [sys.executable, "-P", "-X", "utf8", "-m", "tasks.convert", str(folder), str(partial)]
     environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
-    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    theirs, ours = os.pipe()
+    # The reader ends where this end closes, as it does where this process is killed.
+    with open(theirs), open(ours, "wb"):
+        done = subprocess.run(command, env=environment, stdin=theirs, capture_output=True, text=True)
     if done.returncode == _REFUSED:
         raise CheckpointError(f"{name}: {done.stdout.strip()}")
     if done.returncode:
@@ -191,6 +196,7 @@ def _repeats_embedding(state: Mapping[str, Tensor]) -> bool:
 
 def _main() -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    end_with_parent()
     try:
         _read_and_write(Path(sys.argv[1]), Path(sys.argv[2]))
     except MergeError as error:

@@ -1,10 +1,13 @@
-"""Names that people write: a wrong one is refused, with the nearest right one."""
+"""Names that people write: a wrong one is refused, with the nearest right one, and so is one that stands twice."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from merging_core.errors import RecipeError
+
+Name = TypeVar("Name", str, int)
 
 
 def check_names(subject: str, data: Mapping[Any, Any], allowed: Iterable[str]) -> None:
@@ -21,3 +24,8 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     """A sentence that proposes the nearest right name, or nothing."""
     close = difflib.get_close_matches(name.lower().replace("-", "_"), list(allowed), n=1, cutoff=0.5)
     return f" Nearest: {close[0]!r}." if close else ""
+
+
+def repeated(names: Iterable[Name]) -> list[Name]:
+    """Those that stand there more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)

@@ -14,7 +14,7 @@ from merging_core.settings import STRICT, check_bounds
 from tasks.benchmark import Benchmark as Benchmark
 from tasks.benchmark import Dimension as Dimension
 from tasks.benchmark_data import local_files
-from tasks.names import check_names, nearest
+from tasks.names import check_names, nearest, repeated
 from tasks.recipes import read_yaml, validated
 from tasks.task_files import Split as Split
 from tasks.task_files import TaskFile, packaged_files, packaged_tasks, read_task_file
@@ -52,8 +52,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         check_bounds(self, f"suite {self.name}")
-        names = [one.task for one in self.benchmarks]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(one.task for one in self.benchmarks):
             raise RecipeError(f"suite {self.name}: {', '.join(twice)} stands twice. Name each benchmark once.")
 
     @property

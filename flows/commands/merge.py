@@ -32,10 +32,10 @@ def merge(
     sources = [Path(source) for source in (wanted.base, *(one.source for one in wanted.experts)) if "://" not in source]
     protected = [run.store.root, recipe, *sources]
     check_replaceable(out, "merged", replace, protected=protected)
-    base, experts = pin_recipe(wanted, run)
-    expected = Kitchen(Planner(run.store), base, experts, tokenizer=wanted.tokenizer).merge(wanted)
+    pinned = pin_recipe(wanted, run)
+    expected = Kitchen.of(wanted, Planner(run.store), pinned=pinned).merge(wanted)
     check_replaceable(out, "merged", replace, expected.digest, protected)
-    merged = Kitchen(run, base, experts, device, wanted.tokenizer).merge(wanted)
+    merged = Kitchen.of(wanted, run, device, pinned=pinned).merge(wanted)
     deliver_artifact(merged, out, run.store, replace)
     reused = run.built[-1].reused
     seconds = round(time.perf_counter() - started, 2)

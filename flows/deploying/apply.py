@@ -17,6 +17,7 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.settings import get_current_settings
 from prefect.utilities.callables import parameter_schema
 
+from flows.client import no_answer, no_server
 from flows.deploying.alerts import alert_automations
 from flows.deploying.declared import TAG, Declared, Deployment, Pool
 from merging_core.errors import CheckpointError, RecipeError
@@ -36,7 +37,7 @@ def server() -> Iterator[SyncPrefectClient]:
     """
     url = get_current_settings().api.url
     if not url:
-        raise RecipeError("no server: set PREFECT_API_URL=http://host:4200/api, or start one with `tripoise serve`.")
+        raise no_server()
     try:
         with get_client(sync_client=True) as client:
             yield client
@@ -46,7 +47,7 @@ def server() -> Iterator[SyncPrefectClient]:
         said = " ".join(error.response.text.split())[:300]
         raise CheckpointError(f"{url}: answered {error.response.status_code}: {said} {remedy}") from error
     except httpx.TransportError as error:
-        raise CheckpointError(f"{url}: no answer ({error}). Start the server, or correct PREFECT_API_URL.") from error
+        raise no_answer(url, error) from error
 
 
 def apply(declared: Declared, client: SyncPrefectClient, gpus: int | None = None) -> list[str]:

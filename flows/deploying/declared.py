@@ -13,7 +13,7 @@ from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from merging_core.errors import RecipeError
-from tasks.names import check_names, nearest
+from tasks.names import check_names, nearest, repeated
 from tasks.recipes import read_yaml, validated
 
 Profile = Literal["local", "docker", "kubernetes"]
@@ -143,8 +143,7 @@ def read_declared(folder: Path, profile: str) -> Declared:
             f"profile {profile!r} does not exist.{nearest(profile, PROFILES)} All: {', '.join(PROFILES)}."
         )
     file: _PrefectFile = _read(_PrefectFile, folder / "prefect.yaml")
-    names = [one.name for one in file.deployments]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(one.name for one in file.deployments):
         raise RecipeError(f"prefect.yaml: deployment {twice[0]} stands twice. Names must differ.")
     for one in file.deployments:
         check_names(f"prefect.yaml: deployment {one.name}: work pool", {one.work_pool.name: None}, POOLS)

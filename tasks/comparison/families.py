@@ -7,6 +7,7 @@ from merging_core.errors import RecipeError
 from tasks.comparison.notes import Chosen
 from tasks.comparison.records import DIMENSIONS, Benchmark, ModelSamples, Split
 from tasks.comparison.statistics import ModelScores
+from tasks.names import repeated
 
 # For each name, its models in the order of the seeds.
 Members = Sequence[Sequence[ModelSamples]]
@@ -30,7 +31,7 @@ def require_comparable(families: Mapping[int, Sequence[ModelSamples]], benchmark
         raise RecipeError("comparison: at least one model is needed, got none. Name a base, an expert or a merge.")
     listed = [("model", [m.name for m in models]) for models in families.values()]
     for what, names in (*listed, ("benchmark", [b.task for b in benchmarks])):
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := repeated(names):
             raise RecipeError(f"comparison: each {what} may appear once, got {twice} repeatedly. Rename or drop one.")
     if empty := [d for d in DIMENSIONS if d not in {b.dimension for b in benchmarks}]:
         raise RecipeError(

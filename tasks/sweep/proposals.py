@@ -6,13 +6,15 @@ begin with the same ones.
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from merging_core.errors import RecipeError
 from tasks.sweep.settings import Value
 from tasks.sweep.space import Dial, Point, Space
 
 SamplerName = Literal["tpe", "random", "grid"]
+_DRAWN_AT_RANDOM: Final = 10
+"""Trials before ``tpe`` looks at scores."""
 
 
 class Sampler(Protocol):
@@ -57,7 +59,7 @@ class OptunaSampler:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = (
-            optuna.samplers.TPESampler(seed=seed, multivariate=False)
+            optuna.samplers.TPESampler(seed=seed, n_startup_trials=_DRAWN_AT_RANDOM, multivariate=False)
             if name == "tpe"
             else optuna.samplers.RandomSampler(seed=seed)
         )
@@ -106,3 +108,15 @@ def sampler(name: SamplerName, space: Space, num_trials: int, seed: int) -> Samp
             f"sweep: the grid has {size} points, and trials is {num_trials}. Raise it, or try fewer values."
         )
     return Grid(space)
+
+
+def foreseen(name: SamplerName, space: Space, num_trials: int, seed: int) -> list[Point]:
+    """The first points of a sweep, up to where scores decide: of ``grid`` and ``random`` all of them."""
+    asked = sampler(name, space, num_trials, seed)
+    points: list[Point] = []
+    while len(points) < min(num_trials, _DRAWN_AT_RANDOM if name == "tpe" else num_trials):
+        if (point := asked.ask()) is None:
+            break
+        asked.tell(None)
+        points.append(point)
+    return points

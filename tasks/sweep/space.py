@@ -11,7 +11,7 @@ from merging_core.errors import RecipeError
 from merging_core.methods import METHODS
 from merging_core.recipe import Recipe
 from merging_core.rules import Lines
-from tasks.names import check_names
+from tasks.names import check_names, repeated
 from tasks.recipes import AnyExpert, parse_recipe, validated
 from tasks.sweep.settings import Searched, Value
 
@@ -55,10 +55,9 @@ class Space:
     """Method to what is varied with it, in the order of the file."""
 
     def __post_init__(self) -> None:
+        if twice := repeated(one.path for one in self.searched):
+            raise RecipeError(f"search: {twice[0]!r} stands twice.")
         by_path = {one.path: one for one in self.searched}
-        if len(by_path) < len(self.searched):
-            paths = [one.path for one in self.searched]
-            raise RecipeError(f"search: {next(p for p in paths if paths.count(p) > 1)!r} stands twice.")
         chosen = by_path.pop(METHOD, None)
         if chosen and not chosen.values:
             raise RecipeError(f"search {METHOD}: give a list of methods; there is no range of them.")

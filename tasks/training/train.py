@@ -111,8 +111,7 @@ def run_worker(request: Mapping[str, Any], title: str) -> dict[str, Any]:
         assert process.stdout is not None
         try:
             process.stdin.write(json.dumps(request) + "\n")
-            # Flushed, not closed: the worker ends where this end of the pipe closes, as the kernel does with a killed
-            # process. PR_SET_PDEATHSIG would follow the thread that started the worker instead.
+            # Flushed, not closed: the worker ends where this end of the pipe closes.
             process.stdin.flush()
             last = _follow(process.stdout, title)
             code = process.wait()

@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from merging_core.errors import MergeError, RecipeError
+from tasks.parent import end_with_parent
 from tasks.recipes import validated
 from tasks.sources.local import COMPANIONS
 from tasks.tables import read_rows
@@ -104,13 +104,6 @@ def _save(model: Any, base: Path, out: Path, stored: Any, *, is_adapter: bool) -
             shutil.copyfile(base / name, out / name)
 
 
-def _end_with_parent() -> None:
-    """Wait until the parent's end of stdin closes, then end this process at once."""
-    # Not by sys.stdin: the interpreter could not end with a thread that holds its lock.
-    os.read(sys.stdin.fileno(), 1)
-    os._exit(1)
-
-
 def _main() -> int:
     # What libraries print goes to stderr; this process speaks on a copy of stdout that they do not know.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as channel:
@@ -120,7 +113,7 @@ def _main() -> int:
             print(json.dumps(message), file=channel, flush=True)
 
         request = sys.stdin.readline()
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         try:
             report = train(json.loads(request), lambda done, total: say(done=done, total=total))
         except MergeError as error:

@@ -236,6 +236,7 @@ def test_scheduled_runs_appear_catch_up_once_and_events_start_runs_and_alerts(
         [alert] = wait_for("its alert", lambda: alerts[1])
         assert alert["subject"] == "tuned: helpful regressed"
         assert f"step-2 ({regressed['payload']['digest'][:12]}): helpful 0.775, -0.225 against" in alert["body"]
+        assert f", n = {regressed['payload']['n']}; significant." in alert["body"]
         assert alert["body"].rstrip().endswith(str(tmp_path / "models" / "step-2"))
 
 

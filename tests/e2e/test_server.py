@@ -72,13 +72,16 @@ def shell(server, models):
     setup, *examples = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     exports = {"API": server.api, "AUTH": f"{USER}:{PASSWORD}"}
     setup = re.sub(r"export (\w+)=\S+", lambda found: f"export {found[1]}={exports[found[1]]}", setup)
-    by_name = {example.split()[1]: example.replace("/models", str(models)) for example in examples}
+    started = {example.split()[1]: example for example in examples if example.startswith("start ")}
+    by_name = {example: text.replace("/models", str(models)) for example, text in started.items()}
+    # What starts no deployment is called by the end of its address.
+    by_name |= {re.search(r'\$API/\S*?(\w+)"', text)[1]: text for text in examples if text.startswith("curl ")}
 
     def run(name, change=lambda text: text):
         script = f"set -eo pipefail\n{setup}\n{change(by_name[name])}"
         return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120, check=False)
 
-    run.names = list(by_name)
+    run.names = list(started)
     return run
 
 
@@ -195,22 +198,41 @@ def test_what_is_no_longer_declared_goes_with_its_schedule_and_what_others_made_
     assert snapshot(client) == before
 
 
+@pytest.fixture
+def nobody_works(server):
+    """Runs of this test are only asked for."""
+    for pool in ("tripoise-cpu", "tripoise-gpu"):
+        server.call("PATCH", f"/work_pools/{pool}", {"is_paused": True})
+    yield
+    for pool in ("tripoise-cpu", "tripoise-gpu"):
+        server.call("PATCH", f"/work_pools/{pool}", {"is_paused": False})
+
+
+@pytest.mark.usefixtures("nobody_works")
 def test_every_example_of_the_docs_is_taken(server, shell):
     shipped = [one.name for one in declared().deployments]
     assert set(shell.names) <= set(shipped)
     assert {"merge", "decompose", "evaluate", "train", "benchmark", "sweep", "merge-and-evaluate"} <= set(shell.names)
-    for pool in ("tripoise-cpu", "tripoise-gpu"):
-        server.call("PATCH", f"/work_pools/{pool}", {"is_paused": True})
-    try:
-        for name in shell.names:
-            taken = shell(name, lambda text: text.replace("merge-1", "not-run"))
-            assert taken.returncode == 0, taken.stdout + taken.stderr
-            run = json.loads(taken.stdout)
-            assert run["state_type"] == "SCHEDULED"
-            server.call("DELETE", f"/flow_runs/{run['id']}")
-    finally:
-        for pool in ("tripoise-cpu", "tripoise-gpu"):
-            server.call("PATCH", f"/work_pools/{pool}", {"is_paused": False})
+    for name in shell.names:
+        taken = shell(name, lambda text: text.replace("merge-1", "not-run"))
+        assert taken.returncode == 0, taken.stdout + taken.stderr
+        run = json.loads(taken.stdout)
+        assert run["state_type"] == "SCHEDULED"
+        server.call("DELETE", f"/flow_runs/{run['id']}")
+
+
+@pytest.mark.usefixtures("nobody_works")
+def test_the_event_of_the_docs_starts_the_shipped_watch(server, shell):
+    watch = server.call("GET", "/deployments/name/reevaluate/reevaluate")
+    asked = {"flow_runs": {"deployment_id": {"any_": [watch["id"]]}}}
+    assert not server.call("POST", "/flow_runs/filter", asked)
+    taken = shell("events", lambda text: text.replace("curl ", "curl --write-out '%{http_code}' ", 1))
+    assert (taken.returncode, taken.stdout) == (0, "204"), taken.stderr
+    [run] = until(lambda: server.call("POST", "/flow_runs/filter", asked))
+    assert run["parameters"]["watch"] == watch["parameters"]["watch"]
+    name = run["parameters"]["published"].removeprefix("tripoise.model.")
+    assert name in [one["name"] for one in watch["parameters"]["watch"]["sources"]]
+    server.call("DELETE", f"/flow_runs/{run['id']}")
 
 
 def test_a_merge_by_curl_gives_the_model_that_the_command_line_gives(server, shell, models, tmp_path):
@@ -247,7 +269,9 @@ def artifacts(server, run):
     return server.call("POST", "/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [run["id"]]}}})
 
 
-def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_takes_no_time(server, ours, models):
+def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_takes_no_time(
+    server, ours, shell, models
+):
     target = server.folder / "published"
     asked = {"suite": "3h-mini", "limit": 2, "publish_to": str(target)}
     run = ours.wait(ours.trigger("merge-and-evaluate", merge_request(models, 1, **asked)), timeout=300)
@@ -259,13 +283,19 @@ def test_a_model_is_published_when_somebody_has_promoted_it_and_a_cached_rerun_t
     assert not target.exists()
     # It waits in the database, with no process of its own.
     until(lambda: not processes_of(server, run.id))
-    ours.decide(run, "promote", "beats the base")
+    answers = []
+    for decision in ("perhaps", "promote"):
+        told = shell("resume", lambda text, said=decision: f"RUN={run.id}\n{text.replace('promote', said)}")
+        assert told.returncode == 0, told.stdout + told.stderr
+        answers.append(json.loads(told.stdout))
+    assert [answer["status"] for answer in answers] == ["REJECT", "ACCEPT"]
+    assert "perhaps" in answers[0]["details"]["reason"]
     first = server.wait(run.id)
     assert first["state_type"] == "COMPLETED", first["state"]
     assert (target / "model.safetensors").is_file()
     shown = {one["key"]: one for one in artifacts(server, first)}
     assert {"plan", "leaderboard", "leaderboard-table", "model", "recipe", "lineage", "decision"} <= set(shown)
-    assert "beats the base" in shown["decision"]["data"]
+    assert "beats the mixture on all three" in shown["decision"]["data"]
     # What was shown before the decision is not shown again, and a model is published once.
     times = Counter(one["key"] for one in artifacts(server, first))
     assert [times[key] for key in ("plan", "leaderboard", "model", "decision", "publication")] == [1] * 5

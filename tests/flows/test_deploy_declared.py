@@ -10,7 +10,7 @@ import yaml
 from prefect.utilities.templating import apply_values, find_placeholders
 
 from flows.deploying.declared import POOLS, SHIPPED, read_declared
-from merging_core.errors import RecipeError
+from merging_core.errors import CheckpointError, RecipeError
 
 TEMPLATES = sorted((SHIPPED / "pools").glob("*.json"))
 # Set by the worker from the deployment or from its own settings, not by a default.
@@ -119,6 +119,29 @@ def test_without_a_server_it_says_which_setting_names_one(tripoise, monkeypatch)
             code, _, error = tripoise(*command)
         assert code == 1
         assert "PREFECT_API_URL" in error
+
+
+def test_a_server_that_does_not_answer_is_named_in_the_same_words_everywhere():
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.client import Client
+    from flows.deploying.apply import server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/api"
+        # Bound and not listening: nobody else can answer there.
+        words = re.escape(
+            f"{url}: no answer ([Errno 111] Connection refused). Start the server, or correct PREFECT_API"
+        )
+        with Client(url) as client, pytest.raises(CheckpointError, match=words):
+            client.decide("a run", "promote")
+        with (
+            temporary_settings({PREFECT_API_URL: url}),
+            pytest.raises(CheckpointError, match=words),
+            server() as client,
+        ):
+            client.read_work_pools()
 
 
 def test_serving_on_a_port_that_is_taken_says_so_and_starts_nothing(tripoise):

@@ -73,6 +73,21 @@ def test_a_request_for_task_vectors_names_the_same_ones(family, store):
         kitchen.prepare(linear)
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_the_flow_decompose_makes_what_a_merge_needs_and_nothing_else(family, store, monkeypatch):
+    from flows.decompose import decompose
+
+    monkeypatch.setenv("TRIPOISE_STORE", str(store.root))
+    recipe, recorder = recipe_of(family, {"name": "r_tsvm"}), Recorder(store)
+    Kitchen(recorder, *pin_recipe(recipe, recorder)).merge(recipe)
+    made = decompose(asked(recorder.steps[0], "decompose/decompose", Decompose))
+    wanted = [one for one in recorder.planned if one.ref.kind != "merged"]
+    assert sorted(made["made"]) == sorted(f"{one.ref.kind}/{one.ref.digest}" for one in wanted)
+    run = Direct(store)
+    Kitchen(run, *pin_recipe(recipe, run)).merge(recipe)
+    assert [built.ref.kind for built in run.built if not built.reused] == ["merged"]
+
+
 def test_a_time_limit_goes_along_with_every_request_and_names_the_same_artifacts(family, store):
     recipe = recipe_of(family, {"name": "r_tsvm"})
     plain, limited = Recorder(store), Recorder(store)

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from flows.sweep import search_recipes, sweep
+from flows.sweep import plan_search, search_recipes, sweep
 from flows.sweep_parameters import Sweep, load_sweep
 from merging_core.errors import RecipeError
+from tasks.plan import Planner
 from tasks.reporting import read_report
 from tasks.steps import Direct
 from tasks.store import Store
@@ -116,12 +117,17 @@ def test_a_sweep_tries_tests_the_chosen_and_reports_all(sweep_file, tmp_path):
     assert carry_out(sweep_file(), store) == (folder, [])
 
 
+# Some of its trials are pruned, some are not.
+PRUNED = {
+    "sampler": "tpe",
+    "trials": 6,
+    "search": {"method.scale": {"low": 0.5, "high": 20.0, "step": 0.5}, "experts.honest.weight": [-3.0, 0.5, 3.0]},
+    "pruning": {"limit": 6, "margin": 0.0},
+}
+
+
 def test_a_sweep_that_was_killed_goes_on_and_computes_nothing_twice(sweep_file, tmp_path):
-    search = {
-        "method.scale": {"low": 0.5, "high": 20.0, "step": 0.5},
-        "experts.honest.weight": [-3.0, 0.5, 3.0],
-    }
-    path = sweep_file(sampler="tpe", trials=6, search=search, pruning={"limit": 6, "margin": 0.0})
+    path = sweep_file(**PRUNED)
     whole = Store(tmp_path / "whole")
     folder, all_made = carry_out(path, whole)
     assert {trial["state"] for trial in read_trials(folder)["trials"]} == {"complete", "pruned"}
@@ -184,6 +190,53 @@ def test_more_trials_and_an_equal_grid_point_cost_only_what_is_new(sweep_file, t
     assert [ref.kind for ref in made] == ["report"]
 
 
+TESTED = "which trials are tested, and the report"
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_trials", "unknown"),
+    [
+        ({"sampler": "grid", "search": {"method.scale": [1.0, 2.0, 3.0]}}, 3, [TESTED]),
+        (PRUNED, 6, ["which trials are pruned, and the whole validation of the others", TESTED]),
+        (
+            {"sampler": "tpe", "trials": 11},
+            10,
+            ["the trials from 10 on, proposed by the scores of those before", TESTED],
+        ),
+    ],
+)
+def test_a_plan_names_what_no_score_decides_and_the_run_makes_it(sweep_file, tmp_path, changes, num_trials, unknown):
+    store, path = Store(tmp_path / "store"), sweep_file(**changes)
+    before = Planner(store)
+    plan_search(load_sweep(path), before)
+    assert {ref.kind for ref in store.refs()} == {"checkpoint"}
+    assert not any(one.reused for one in before.planned)
+    assert before.unknown == unknown
+    folder, made = carry_out(path, store)
+    planned = [one.ref for one in before.planned]
+    assert set(planned) < set(made)
+    # Nine scores on each split for the experts, three for the base, and as many for every distinct trial.
+    trials = read_trials(folder)["trials"][:num_trials]
+    models = {trial["model"] for trial in trials}
+    assert Counter(ref.kind for ref in planned) == {
+        "merged": len(models),
+        "scores": 2 * 12 + 3 * len(models),
+        "interference": 1,
+    }
+    assert {f"merged/{ref.digest}" for ref in planned if ref.kind == "merged"} == models
+    after = Planner(store)
+    plan_search(load_sweep(path), after)
+    assert [one.ref for one in after.planned] == planned
+    assert all(one.reused for one in after.planned)
+
+
+def test_the_command_plan_takes_a_sweep_file(sweep_file, tripoise):
+    path = sweep_file(sampler="grid", search={"method.scale": [1.0, 2.0]})
+    planned = json.loads(tripoise("plan", path, "--json")[1])
+    assert (planned["compute"], planned["reuse"], planned["unknown"]) == (24 + 2 * 4 + 1, 0, [TESTED])
+    assert tripoise("plan", path)[1].endswith(f"\n33 to compute, 0 to reuse\nnot known yet: {TESTED}\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -224,10 +277,15 @@ def test_every_field_of_the_run_form_has_a_title_and_a_text():
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_the_flow_publishes_the_report_and_the_second_run_reuses_all(sweep_file, tmp_path, monkeypatch):
+def test_the_flow_publishes_plan_and_report_and_the_second_run_reuses_all(sweep_file, tmp_path, monkeypatch):
+    from prefect.artifacts import Artifact
+
     monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
-    path = sweep_file(trials=2, search={"method.scale": [1.0, 2.0]})
-    first, second = sweep(load_sweep(path)), sweep(load_sweep(path))
+    path = sweep_file(sampler="random", trials=2, search={"method.scale": {"low": 1.0, "high": 2.0}})
+    first, told = sweep(load_sweep(path)), Artifact.get("plan").description
+    assert told == f"33 to compute, 0 to reuse. Not known yet: {TESTED}"
+    second, told = sweep(load_sweep(path)), Artifact.get("plan").description
+    assert told == f"0 to compute, 33 to reuse. Not known yet: {TESTED}"
     assert first["report"] == second["report"]
     assert first["made"] > 0
     assert second["made"] == 0

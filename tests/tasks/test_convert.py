@@ -1,8 +1,14 @@
+import errno
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -230,6 +236,49 @@ def test_reader_that_dies_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="ended with code -9"):
         convert(str(tmp_path / "old"), tmp_path / "new")
     assert left_in(tmp_path) == ["killer", "old"]
+
+
+CONVERT = "import pathlib, sys, tasks.convert; tasks.convert.convert(sys.argv[1], pathlib.Path(sys.argv[2]))"
+
+
+def test_reader_ends_with_a_killed_parent(tmp_path):
+    """The index of the shards is a pipe, at which the reader waits for ever."""
+    save_sharded(tmp_path / "old", make(tmp_path / "old"))
+    index = tmp_path / "old" / "pytorch_model.bin.index.json"
+    text = index.read_bytes()
+    index.unlink()
+    os.mkfifo(index)
+    command = [sys.executable, "-c", CONVERT, str(tmp_path / "old"), str(tmp_path / "new")]
+    parent = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    left = []
+    try:
+        with opened(index, parent) as pipe:
+            pipe.write(text)
+        while not left and parent.poll() is None:
+            left = psutil.Process(parent.pid).children()
+            time.sleep(0.02)
+        with opened(index, parent):
+            parent.kill()
+            _, left = psutil.wait_procs(left, timeout=20)
+        assert not left, "the reader goes on without its parent"
+    finally:
+        parent.kill()
+        parent.wait()
+        for reader in left:
+            reader.kill()
+
+
+def opened(pipe, parent):
+    """A named pipe for writing, as soon as somebody reads it."""
+    deadline = time.monotonic() + 120
+    while parent.poll() is None and time.monotonic() < deadline:
+        try:
+            return open(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "wb")
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            time.sleep(0.02)
+    pytest.fail(f"nobody reads {pipe.name}; the parent ended with {parent.poll()}")
 
 
 def test_reader_sees_no_token(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 
 from merging_core.errors import RecipeError
 from tasks.recipes import parse_recipe
-from tasks.sweep.proposals import sampler
+from tasks.sweep.proposals import foreseen, sampler
 from tasks.sweep.settings import Searched
 from tasks.sweep.space import Space
 
@@ -46,6 +46,15 @@ def test_equal_seeds_propose_equal_points_and_more_trials_begin_with_the_same(sp
 def test_tpe_learns_from_scores_and_random_search_does_not(space):
     assert proposals("random", space, 1, 30, goal=0.2) == proposals("random", space, 1, 30, goal=0.9)
     assert proposals("tpe", space, 1, 30, goal=0.2) != proposals("tpe", space, 1, 30, goal=0.9)
+
+
+def test_what_is_foreseen_is_proposed_whatever_the_scores(space):
+    for name, num in (("tpe", 10), ("random", 30)):
+        known = foreseen(name, space, 30, 4)
+        assert len(known) == num
+        assert known == foreseen(name, space, 40, 4)[:num]
+        assert known == proposals(name, space, 4, 30, goal=0.2)[:num] == proposals(name, space, 4, 30, goal=0.9)[:num]
+    assert foreseen("tpe", space, 3, 4) == foreseen("tpe", space, 30, 4)[:3]
 
 
 @pytest.mark.parametrize("name", ["tpe", "random"])
