@@ -23,7 +23,8 @@ from tasks.names import nearest
 
 _FINAL: Final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 _POLL_SECONDS: Final = 2.0
-_TIMEOUT_SECONDS: Final = 60.0
+# On SQLite a Prefect server waits 60 s where two writers block each other, and then says 503, which is tried again.
+_TIMEOUT_SECONDS: Final = 90.0
 CRASH_GRACE_SECONDS: Final = 30.0
 """Within this time an automation puts a run that was lost back into the queue (deployments/automations.yaml)."""
 _SETTLE_SECONDS: Final = 5.0

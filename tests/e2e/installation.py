@@ -37,7 +37,7 @@ class Served:
 
     def call(self, verb, place, body=None, auth=(USER, PASSWORD)):
         for _ in range(20):  # 503: two writers met in SQLite; nothing was done
-            answer = httpx.request(verb, f"{self.api}{place}", json=body, auth=auth, timeout=60, trust_env=False)
+            answer = httpx.request(verb, f"{self.api}{place}", json=body, auth=auth, timeout=90, trust_env=False)
             if answer.status_code != 503:
                 break
             time.sleep(0.3)
