@@ -63,10 +63,7 @@ class OnPools(AsPrefectTasks):
             if step.elsewhere and not self.store.bring(step.ref):
                 _make_elsewhere(step, step.elsewhere, self.store)
                 made = True
-        refs = super().build(name, title, steps)
-        if made:  # of this run, though not in this process: to the store it looks like reuse
-            self.num_made, self.num_reused = self.num_made + 1, self.num_reused - 1
-        return refs
+        return self.build_group(name, title, steps, begun=made)
 
     def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
         """See :class:`tasks.steps.Runner`. Whoever is asked decides what runs at the same time there."""

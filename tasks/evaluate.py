@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from annotated_types import Ge, Gt
 
-from merging_core.errors import CheckpointError, NumericalError, RecipeError
+from merging_core.errors import NumericalError, RecipeError
 from merging_core.settings import STRICT, check_bounds, check_choices
 from tasks.backends import Endpoint, endpoint_model, vllm_model
 from tasks.generations import Generation, write_generations
@@ -98,7 +98,7 @@ def evaluate_steps(
             to run the model.
     """
     served = _served(execution, endpoint)
-    loaded = _Model(store.folder(model), execution, endpoint) if (store.home(model)).exists() else None
+    loaded = _Model(model, store, execution, endpoint)
     steps = []
     for benchmark in suite.benchmarks:
         identity = {
@@ -111,8 +111,6 @@ def evaluate_steps(
         }
 
         def make(out: Path, benchmark: Benchmark = benchmark) -> dict[str, Any]:
-            if loaded is None:
-                raise CheckpointError(f"{model}: not in the store. Resolve or merge it first.")
             return {"model": name, "suite": suite.name, **_write(loaded.lm, suite, benchmark, settings, out)}
 
         kind = "generations" if benchmark.question else "scores"
@@ -186,14 +184,14 @@ def load_model(folder: Path, execution: Execution, endpoint: Endpoint | None = N
 
 
 class _Model:
-    """A model that is loaded when its first benchmark is missing."""
+    """A model that is loaded when its first benchmark is missing, from where it lies on the machine that asks it."""
 
-    def __init__(self, folder: Path, execution: Execution, endpoint: Endpoint | None) -> None:
-        self._folder, self._execution, self._endpoint = folder, execution, endpoint
+    def __init__(self, model: Ref, store: Store, execution: Execution, endpoint: Endpoint | None) -> None:
+        self._model, self._store, self._execution, self._endpoint = model, store, execution, endpoint
 
     @cached_property
     def lm(self) -> Any:
-        return load_model(self._folder, self._execution, self._endpoint)
+        return load_model(self._store.folder(self._model), self._execution, self._endpoint)
 
 
 def _settings(benchmark: Benchmark, settings: EvaluateSettings) -> dict[str, Any]:

@@ -1,22 +1,28 @@
 """Where independent steps run at the same time: on a Ray cluster, on threads, or nowhere."""
 
+import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
 from prefect.futures import PrefectFuture
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from merging_core.errors import RecipeError
+from tasks.apart import end_calls
 from tasks.steps import Step
 
 RAY_ADDRESS: Final = "TRIPOISE_RAY_ADDRESS"
 """Address of a Ray cluster: ``ray://head:10001`` from anywhere, or ``head:6379`` on one of its nodes."""
+RAY_CPUS: Final = "TRIPOISE_RAY_CPUS"
+"""CPUs of a node that a step takes, >= 1; default 1. It bounds how many steps, and models, a node holds at a time."""
 PARALLEL_STEPS: Final = "TRIPOISE_PARALLEL_STEPS"
 """Steps that a flow runs at a time where no cluster is named, >= 1; default 1. Each holds a model of its own."""
+
+log = logging.getLogger("tripoise.steps")
 
 
 def fan_out() -> TaskRunner[Any] | None:
@@ -34,20 +40,49 @@ def fan_out() -> TaskRunner[Any] | None:
             ) from error
         runner: TaskRunner[Any] = RayTaskRunner(address=address, init_kwargs={"log_to_driver": False})
         return runner
-    text = os.environ.get(PARALLEL_STEPS) or "1"
-    if not text.isdecimal() or (number := int(text)) < 1:
-        raise RecipeError(f"{PARALLEL_STEPS}: must be a whole number >= 1, got {text!r}.")
+    number = _whole_number(PARALLEL_STEPS)
     return None if number == 1 else ThreadPoolTaskRunner(max_workers=number)
 
 
 @contextmanager
-def started(runner: TaskRunner[Any]) -> Iterator[None]:
-    """Start a runner, and stop it at the end. SIGTERM goes on to mean what it did: Ray would change it."""
+def started(runner: TaskRunner[Any], steps: Sequence[Step]) -> Iterator[None]:
+    """Start a runner for steps, and stop it at the end; where this process is stopped meanwhile, so are they.
+
+    SIGTERM goes on to mean what it did: Ray would change it.
+
+    Raises:
+        RecipeError: if there is no Ray cluster at the address.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    with runner:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(runner)
+        except ConnectionError as error:
+            raise RecipeError(
+                f"{RAY_ADDRESS}={os.environ.get(RAY_ADDRESS)}: no Ray cluster answers ({error}). Start it, or correct "
+                "the address; with a token, RAY_AUTH_MODE and RAY_AUTH_TOKEN must be those of its nodes."
+            ) from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
-        yield
+        if not isinstance(runner, ThreadPoolTaskRunner):
+            _tell_what_waits(steps)
+        try:
+            yield
+        except BaseException:
+            # Threads cannot be stopped, and the runner waits for them: what they wait for can.
+            end_calls()
+            raise
+
+
+def _tell_what_waits(steps: Sequence[Step]) -> None:
+    """Warn of steps that no node of the cluster has the room for as it is now; it may grow."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for step in steps:
+        cpus, gpus = _num_cpus(), num_gpus(step.device)
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+            log.warning("%s: waits for a node with %d CPUs and %d GPUs; Ray has none now", step.title, cpus, gpus)
 
 
 def wait_for(futures: Sequence[PrefectFuture[Any]]) -> None:
@@ -58,7 +93,7 @@ def wait_for(futures: Sequence[PrefectFuture[Any]]) -> None:
 
 
 def resources(step: Step, runner: TaskRunner[Any]) -> AbstractContextManager[Any]:
-    """What a step that is submitted in this context gets of a cluster: a CPU, and the GPUs that its device names.
+    """What a step that is submitted in this context gets of a cluster: CPUs, and the GPUs that its device names.
 
     What a worker or a node that dies was working on runs again on another one, three times at most. Workers are used
     again: what holds a GPU's memory is the process of a step below them.
@@ -71,9 +106,20 @@ def resources(step: Step, runner: TaskRunner[Any]) -> AbstractContextManager[Any
     from prefect_ray.context import remote_options
 
     options: AbstractContextManager[Any] = remote_options(
-        num_cpus=1, num_gpus=num_gpus(step.device), max_retries=3, max_calls=0
+        num_cpus=_num_cpus(), num_gpus=num_gpus(step.device), max_retries=3, max_calls=0
     )
     return options
+
+
+def _num_cpus() -> int:
+    return _whole_number(RAY_CPUS)
+
+
+def _whole_number(variable: str) -> int:
+    text = os.environ.get(variable) or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(f"{variable}: must be a whole number >= 1, got {text!r}.")
+    return int(text)
 
 
 def num_gpus(device: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from merging_core.checkpoint import Checkpoint
 from merging_core.devices import parse_devices
+from merging_core.digest import file_sha256
 from merging_core.jobs import MatrixDiagnostics
 from merging_core.merge import Inputs, merge, merged_shards
 from merging_core.methods.base import Surveyor
@@ -125,12 +126,16 @@ def _take_shard(shard: Ref, out: Path, store: Store) -> None:
     if not store.bring(shard):
         return
     manifest, notes = store.manifest(shard), Notes(out / NOTES)
-    for file in manifest.files:
+    for file, record in manifest.files.items():
         if not (out / file).exists():
             try:
                 (out / file).hardlink_to(store.folder(shard) / file)
             except OSError:  # a file system without links
                 shutil.copyfile(store.folder(shard) / file, out / file)
+            if file_sha256(out / file) != record["sha256"]:
+                log.warning("%s: %s is not what was recorded; making it again", shard, file)
+                (out / file).unlink()
+                continue
         diagnostics = [MatrixDiagnostics(**one) for one in manifest.details["diagnostics"]]
         notes.add(file, [one.tensor for one in diagnostics], diagnostics)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
+from dataclasses import replace
 from typing import Any, Final
 from uuid import UUID
 
@@ -19,7 +20,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from merging_core.errors import CheckpointError
+from merging_core.errors import CheckpointError, ProcessError
 from tasks.apart import build_apart
 from tasks.fan_out import fan_out, resources, started, wait_for
 from tasks.progress import watched_by
@@ -47,39 +48,62 @@ class AsPrefectTasks:
         return refs
 
     def build(self, name: str, title: str, steps: Sequence[Step]) -> list[Ref]:
-        """See :class:`tasks.steps.Runner`."""
-        if runner := fan_out():
-            self._submit(runner, name, [part for step in self._missing(steps) for part in step.parts()])
-        run = build_steps.with_options(name=name, task_run_name=_literal(title))
-        state = run(list(steps), self.store, return_state=True)
-        self._count([state])
-        refs: list[Ref] = state.result()
-        return refs
+        """See :class:`tasks.steps.Runner`. Where steps fan out, those that name a device do, their parts first."""
+        missing = self._missing(steps) if (runner := fan_out()) else []
+        if runner and missing:
+            limited = [(part, step.timeout_minutes) for step in missing for part in step.parts()]
+            self._submit(runner, name, [replace(part, timeout_minutes=limit) for part, limit in limited])
+            self._submit(runner, name, [step for step in missing if step.device])
+        return self.build_group(name, title, steps, begun=bool(missing))
 
     def map(self, name: str, groups: Sequence[tuple[str, Sequence[Step]]]) -> list[list[Ref]]:
         """See :class:`tasks.steps.Runner`."""
-        if runner := fan_out():
-            self._submit(runner, name, [step for _, steps in groups for step in self._missing(steps)])
-        return [self.build(name, title, steps) for title, steps in groups]
+        if not (runner := fan_out()):
+            return [self.build(name, title, steps) for title, steps in groups]
+        missing = [self._missing(steps) for _, steps in groups]
+        self._submit(runner, name, [step for steps in missing for step in steps])
+        return [
+            self.build_group(name, title, steps, begun=bool(lacking))
+            for (title, steps), lacking in zip(groups, missing, strict=True)
+        ]
+
+    def build_group(self, name: str, title: str, steps: Sequence[Step], *, begun: bool) -> list[Ref]:
+        """Run a group as one task run of this process.
+
+        Args:
+            name: of the task.
+            title: of the task run.
+            steps: one after the other.
+            begun: whether this run had some of them made elsewhere: to the store that looks like reuse.
+        """
+        run = build_steps.with_options(name=name, task_run_name=_literal(title))
+        state = run(list(steps), self.store, return_state=True)
+        self._count([state], begun=begun)
+        refs: list[Ref] = state.result()
+        return refs
 
     def _submit(self, runner: TaskRunner[Any], name: str, steps: Sequence[Step]) -> None:
         """Run each step as a task of its own, several at a time; what others made stays if one fails.
 
         Raises:
+            ProcessError: if what a step ran on died, again and again.
             CheckpointError: if a step was done by another machine, and its artifact is not here.
         """
         wanted = list({step.ref: (step, resources(step, runner)) for step in steps}.values())
         if not wanted:
             return
         futures = []
-        with started(runner):
+        with started(runner, [step for step, _ in wanted]):
             for step, room in wanted:
                 task = build_steps.with_options(name=name, task_run_name=_literal(step.title))
                 with room:
                     futures.append(runner.submit(task, {"steps": [step], "store": self.store}))
             wait_for(futures)
-            self._count(future.state for future in futures)
-            for future in futures:
+            for (step, _), future in zip(wanted, futures, strict=True):
+                if future.state.is_crashed():
+                    raise ProcessError(
+                        f"{step.title}: what it ran on died ({future.state.message}). See Ray's own logs."
+                    )
                 future.result()
         for step, _ in wanted:
             if not self.store.bring(step.ref):
@@ -92,9 +116,9 @@ class AsPrefectTasks:
     def _missing(self, steps: Sequence[Step]) -> list[Step]:
         return [step for step in steps if self.store.find(step.kind, step.identity) is None]
 
-    def _count(self, states: Iterable[State[Any]]) -> None:
+    def _count(self, states: Iterable[State[Any]], *, begun: bool = False) -> None:
         for state in states:
-            if state.name == "Cached":
+            if state.name == "Cached" and not begun:
                 self.num_reused += 1
             else:
                 self.num_made += 1

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any, Final, TypeVar
@@ -50,7 +50,7 @@ def call_apart(what: str, call: Callable[[], Result], timeout_s: float | None = 
     """
     talk, theirs = Pipe()
     bond, held = socket.socketpair()
-    with talk, bond:
+    with talk, bond, _noted(bond):
         with theirs, held:
             _server.fork(theirs.fileno(), held.fileno())
         try:
@@ -66,6 +66,22 @@ def call_apart(what: str, call: Callable[[], Result], timeout_s: float | None = 
                 bond.shutdown(socket.SHUT_WR)
                 while bond.recv(64):
                     pass
+
+
+def end_calls() -> None:
+    """End the calls of all threads of this process; each raises a ProcessError there."""
+    for bond in list(_bonds):
+        with contextlib.suppress(OSError):
+            bond.shutdown(socket.SHUT_WR)
+
+
+@contextlib.contextmanager
+def _noted(bond: socket.socket) -> Iterator[None]:
+    _bonds.add(bond)
+    try:
+        yield
+    finally:
+        _bonds.discard(bond)
 
 
 class _Following:
@@ -175,3 +191,5 @@ class _Server:
 
 
 _server: Final = _Server()
+_bonds: Final = set[socket.socket]()
+"""Of the calls under way."""

@@ -43,6 +43,7 @@ _IMPORTED: Final = (
 _GRACE_SECONDS: Final = 3.0
 _SECONDS_TO_DIE: Final = 10.0
 _SECONDS_BETWEEN_MESSAGES: Final = 0.1
+_PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
@@ -72,7 +73,12 @@ def _keep(control: socket.socket, talk: int, bond: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for handle in (talk, bond):
         os.set_inheritable(handle, False)
+    keeper = os.getpid()
     if (worker := os.fork()) == 0:
+        # It has nobody to end it without its keeper. Of one thread, so no other's end is taken for the keeper's.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != keeper:
+            os._exit(1)
         os.close(bond)
         _never_return(partial(_work, Connection(talk)))
     os.close(talk)
@@ -152,7 +158,7 @@ class _Relay:
 
         def progress(done: int, total: int) -> None:
             nonlocal last
-            if (now := time.monotonic()) - last >= _SECONDS_BETWEEN_MESSAGES:
+            if (now := time.monotonic()) - last >= _SECONDS_BETWEEN_MESSAGES or done == total:
                 last = now
                 self._say("progress", number, done, total)
 

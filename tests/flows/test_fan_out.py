@@ -10,10 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 
 import merging_core.merge
+import tasks.orchestration
 from flows.merge import merge as merge_flow
 from flows.merge_and_evaluate import merge_and_score
 from flows.parameters import Merge, MergeAndEvaluate
@@ -21,8 +23,9 @@ from flows.pipeline import Kitchen, pin_recipe
 from merging_core.checkpoint import Checkpoint
 from merging_core.errors import RecipeError
 from tasks.fan_out import fan_out, num_gpus
+from tasks.orchestration import AsPrefectTasks
 from tasks.recipes import RecipeModel, load_recipe
-from tasks.steps import Direct
+from tasks.steps import Direct, Step
 from tasks.store import Ref, Store
 
 EXPERTS = ("helpful", "honest", "harmless")
@@ -168,7 +171,20 @@ class Before(Direct):
         return super().build(name, title, steps)
 
 
-def test_a_merge_takes_the_shards_that_are_there_and_makes_the_others(recipe_file, tmp_path, monkeypatch):
+def cut_short(file):
+    file.write_bytes(b"cut short")
+
+
+def flip_a_bit(file):
+    """As a bad disk does: size and time stay."""
+    stat, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit])
+def test_a_merge_takes_the_shards_that_are_there_and_makes_the_others(recipe_file, tmp_path, monkeypatch, damage):
     recipe = load_recipe(recipe_file(**SHARDS))
     alone, store = merged_alone(recipe, tmp_path / "alone"), Store(tmp_path / "store")
     written, taken, damaged = [], [], []
@@ -184,7 +200,7 @@ def test_a_merge_takes_the_shards_that_are_there_and_makes_the_others(recipe_fil
         taken.extend(written)
         second.build(store)
         damaged.append(next(store.folder(second.ref).glob("*.safetensors")))
-        damaged[0].write_bytes(b"cut short")
+        damage(damaged[0])
         written.clear()
 
     monkeypatch.setattr(merging_core.merge, "write_checkpoint", noted)
@@ -194,6 +210,39 @@ def test_a_merge_takes_the_shards_that_are_there_and_makes_the_others(recipe_fil
     with Checkpoint(alone) as whole:
         assert taken
         assert sorted(written) == sorted(set(whole.tensors) - set(taken))
+
+
+def test_shards_have_the_time_limit_of_their_merge(recipe_file, tmp_path, monkeypatch, prefect_server):
+    limits = []
+    made = tasks.orchestration.build_apart
+    monkeypatch.setattr(
+        tasks.orchestration,
+        "build_apart",
+        lambda steps, store: limits.extend((one.kind, one.timeout_minutes) for one in steps) or made(steps, store),
+    )
+    monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("TRIPOISE_PARALLEL_STEPS", "2")
+    request = as_request(load_recipe(recipe_file(**SHARDS))).model_copy(update={"timeout_minutes": 7.0})
+    merge_flow(request)
+    assert {"shard", "merged", "task-vectors"} <= {kind for kind, _ in limits}
+    assert {limit for _, limit in limits} == {7.0}
+
+
+@flow
+def counted(root):
+    def make(number):
+        return Step("data", f"step {number}", {"number": number}, (), lambda out: (out / "a").write_text("a") and None)
+
+    run = AsPrefectTasks(Store(root))
+    run.map("work", [("one", [make(1), make(2)]), ("two", [make(3)])])
+    run.map("work", [("again", [make(3)]), ("three", [make(4)])])
+    return run.num_made, run.num_reused
+
+
+def test_what_was_made_and_reused_is_counted_alike(tmp_path, monkeypatch, prefect_server):
+    one_after_the_other = counted(tmp_path / "a")
+    monkeypatch.setenv("TRIPOISE_PARALLEL_STEPS", "2")
+    assert counted(tmp_path / "b") == one_after_the_other == (3, 1)
 
 
 @pytest.mark.parametrize("method", [{"name": "pcb"}, {"name": "ties", "trim_scope": "global"}])
@@ -262,6 +311,23 @@ def test_a_step_has_gpus_of_its_own_on_ray(cluster, tmp_path):
     said, _ = flow.communicate(timeout=300)
     assert flow.returncode == 0, said
     assert [one["gpus"] for one in begun(tmp_path, 2)] == ["0", "0"]
+
+
+def test_a_flow_that_is_stopped_stops_its_steps_on_threads(tmp_path, prefect_server):
+    flow = subprocess.Popen(
+        [sys.executable, "-m", "tests.flows.steps_on_ray", str(tmp_path), "3", "cpu"],
+        env={**os.environ, "TRIPOISE_PARALLEL_STEPS": "2", "PREFECT_API_URL": PREFECT_API_URL.value()},
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        steps = [psutil.Process(one["processes"][0]) for one in begun(tmp_path, 2)]
+        flow.terminate()
+        assert psutil.wait_procs(steps, timeout=20)[1] == []
+        assert flow.wait(timeout=20) != 0
+        assert Store(tmp_path / "store").refs() == []
+    finally:
+        flow.kill()
+        flow.wait()
 
 
 def test_a_flow_that_is_stopped_stops_its_steps_on_ray(cluster, tmp_path):

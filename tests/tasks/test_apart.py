@@ -18,7 +18,7 @@ import torch
 
 from merging_core.errors import ProcessError, RecipeError
 from tasks import progress
-from tasks.apart import build_apart, call_apart
+from tasks.apart import build_apart, call_apart, end_calls
 from tasks.steps import Direct, Step
 from tasks.store import NOTES, Store
 
@@ -151,13 +151,15 @@ def test_a_limit_ends_code_that_holds_the_interpreters_lock_and_all_that_it_star
     assert not psutil.pid_exists(int(file.read_text()))
 
 
+# Who is started in the background may have inherited that interrupts are ignored.
 PARENT = """
-import ctypes, os, sys
+import ctypes, os, signal, sys
 from pathlib import Path
 from tasks.apart import call_apart
 def call(file=Path(sys.argv[1])):
     file.write_text(str(os.getpid()))
     ctypes.PyDLL(None).sleep(1000)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 call_apart("x", call)
 """
 
@@ -170,10 +172,13 @@ def test_child_and_server_end_with_their_parent(stop, tmp_path):
         child = pid_in(file)
         below = psutil.Process(parent.pid).children(recursive=True)
         assert child in below
-        with open(os.pidfd_open(child.pid)) as gone:
-            parent.send_signal(stop)
-            assert parent.wait(20) != 0
-            assert select.select([gone], [], [], 10)[0]
+        try:
+            with open(os.pidfd_open(child.pid)) as gone:
+                parent.send_signal(stop)
+                assert parent.wait(20) != 0
+                assert select.select([gone], [], [], 10)[0]
+        finally:
+            parent.kill()
     assert all(map(ended, below))
 
 
@@ -185,6 +190,50 @@ def test_the_server_runs_no_thread_of_ours_and_comes_again_when_it_was_killed():
     server.kill()
     server.wait()
     assert call_apart("x", lambda: 3) == 3
+
+
+def test_a_child_does_not_outlive_its_keeper(tmp_path):
+    file = tmp_path / "pid"
+
+    def call():
+        file.write_text(str(os.getpid()))
+        hang()
+
+    def kill_the_keeper():
+        child = pid_in(file)
+        child.parent().kill()
+        gone.extend(psutil.wait_procs([child], timeout=20)[0])
+
+    gone = []
+    killer = threading.Thread(target=kill_the_keeper)
+    killer.start()
+    with pytest.raises(ProcessError, match="lost its keeper"):
+        call_apart("x", call)
+    killer.join()
+    assert gone
+
+
+def test_calls_of_other_threads_can_be_ended(tmp_path):
+    file = tmp_path / "pid"
+    said = []
+
+    def call():
+        file.write_text(str(os.getpid()))
+        hang()
+
+    def wait():
+        with pytest.raises(ProcessError) as raised:
+            call_apart("merge a", call)
+        said.append(str(raised.value))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    child = pid_in(file)
+    end_calls()
+    waiting.join(timeout=30)
+    assert ended(child)
+    assert said
+    assert said[0].startswith("merge a: ")
 
 
 def step(make, kind="merged", **more):
