@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Who was started in the background may have inherited that interrupts are ignored, as may its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any test imports the core. Only modules with shapes in them: every call of their functions takes longer.
 CORE = Path(__file__).parents[1] / "merging_core"

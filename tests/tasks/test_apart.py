@@ -151,15 +151,13 @@ def test_a_limit_ends_code_that_holds_the_interpreters_lock_and_all_that_it_star
     assert not psutil.pid_exists(int(file.read_text()))
 
 
-# Who is started in the background may have inherited that interrupts are ignored.
 PARENT = """
-import ctypes, os, signal, sys
+import ctypes, os, sys
 from pathlib import Path
 from tasks.apart import call_apart
 def call(file=Path(sys.argv[1])):
     file.write_text(str(os.getpid()))
     ctypes.PyDLL(None).sleep(1000)
-signal.signal(signal.SIGINT, signal.default_int_handler)
 call_apart("x", call)
 """
 
