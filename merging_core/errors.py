@@ -4,6 +4,7 @@
     ├── RecipeError (ValueError)        what the user asked for is not meaningful
     ├── IncompatibleError (ValueError)  the checkpoints do not fit together
     ├── CheckpointError (ValueError)    a file or folder is missing, damaged or of the wrong kind
+    │   └── StorageError                  object storage that kept failing; another attempt may succeed
     ├── NumericalError (ArithmeticError)  a tensor is not finite
     └── ProcessError (RuntimeError)     a process of ours was stopped at its time limit, or died
 
@@ -26,6 +27,10 @@ class IncompatibleError(MergeError, ValueError):
 
 class CheckpointError(MergeError, ValueError):
     """A checkpoint or artifact that is missing, incomplete, damaged or in a refused format."""
+
+
+class StorageError(CheckpointError):
+    """Object storage that could not be reached or kept failing; what it holds may be whole."""
 
 
 class NumericalError(MergeError, ArithmeticError):

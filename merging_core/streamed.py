@@ -4,10 +4,12 @@ How ranges are read is told by :func:`read_ranges_with`; nothing here knows a ne
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Final, TypeAlias
 
 from merging_core.errors import CheckpointError
@@ -80,7 +82,7 @@ def tensors_of(file: StreamedFile) -> dict[str, StreamedTensor]:
         stored = json.loads(file.header)
         stored.pop("__metadata__", None)
         found = {name: _tensor(entry, data) for name, entry in stored.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise damaged(file.url, f"its header cannot be read: {error!r}") from error
     end = data
     for name, one in sorted(found.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -142,9 +144,15 @@ def require_files(folder: Path, name: str | None = None) -> None:
 
 def write_note(path: Path, file: StreamedFile) -> None:
     """Write the note of a file; it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(asdict(file)), encoding="utf-8")
-    partial.rename(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{get_ident()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as out:
+            out.write(json.dumps(asdict(file)))
+            out.flush()
+            os.fsync(out.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_note(path: Path) -> StreamedFile:

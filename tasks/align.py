@@ -18,7 +18,7 @@ from merging_core.adapter_config import ADAPTER_CONFIG, REMEDY
 from merging_core.checkpoint import CONFIG, Checkpoint, read_json
 from merging_core.compatibility import vocabulary
 from merging_core.errors import IncompatibleError
-from merging_core.streamed import stored
+from merging_core.streamed import note_of
 from merging_core.vocabulary import (
     TokenizerPolicy,
     Vocabulary,
@@ -153,11 +153,14 @@ class _Plan:
                 rows = base_rows(tensor, base, self.ours, sources, self.target)
                 return rows if name is None else expert_rows(tensor, own, self._own(name), self.target, rows)
 
+            ref = self.family.experts[name] if name is not None else self.family.base
+            known = store.manifest(ref).files
             if isinstance(own, Adapter):
                 links = [ADAPTER_WEIGHTS, ADAPTER_CONFIG]
             else:
                 kept = write_weights(own, base, compute, what.num_rows, f"align {who}", out)
-                links = [stored(own.folder / file).name for file in kept]
+                # What the record names, also while a download of streamed weights brings the files beside their notes.
+                links = [file if file in known else note_of(own.folder / file).name for file in kept]
                 config = aligned_config(own.config, base.config, self.target.num_rows)
                 (out / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             copy_tokenizer(base.folder, out, with_generation=name is None)
@@ -166,8 +169,6 @@ class _Plan:
             files = record_files(out)
             for file in links:
                 (out / file).symlink_to((own.folder / file).resolve())
-            ref = self.family.experts[name] if name is not None else self.family.base
-            known = store.manifest(ref).files
         alignment = {"policy": self.policy, "lines": lines, **asdict(what)}
         return {"files": files | {file: known[file] for file in links}, "alignment": alignment}
 

@@ -117,10 +117,10 @@ def _leftovers(store: Store, kept: set[Ref], used: set[str]) -> list[Path]:
     folders = set[Path]()
     for ref in kept:
         with suppress(CheckpointError):
-            folders.add(store.folder(ref))
+            folders.add(store.folder(ref).resolve())
     for path in (store.root / DOWNLOADS).glob("*"):
         place = path.name.removeprefix(".").removesuffix(".partial")
-        if path not in folders and not store.is_locked(f"download-{place}"):
+        if path.resolve() not in folders and not store.is_locked(f"download-{place}"):
             found.append(path)
     for kind in KINDS:
         for path in (store.root / kind).glob(".*"):

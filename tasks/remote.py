@@ -18,7 +18,7 @@ from threading import BoundedSemaphore, Lock
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-from merging_core.errors import CheckpointError, RecipeError
+from merging_core.errors import CheckpointError, RecipeError, StorageError
 from merging_core.streamed import ReadRange, StreamedFile
 from tasks.progress import Progress
 
@@ -26,7 +26,7 @@ PART_BYTES: Final = 32 << 20
 """Bytes of one request, each way."""
 _THREADS: Final = 8
 _READS: Final = BoundedSemaphore(_THREADS)
-"""Ranges of streamed tensors that are held at a time, by all threads together."""
+"""Ranges of streamed files that are read at a time, by all threads together."""
 _WAITS_S: Final = (0.5, 1.0, 2.0, 4.0)
 _FINAL: Final = (FileNotFoundError, PermissionError, IsADirectoryError)
 _JOURNAL: Final = ".done"
@@ -149,10 +149,7 @@ class Storage:
         ]
         journal = _Journal(folder / _JOURNAL)
         for name, local in names.items():
-            path = folder / local
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("ab"):
-                os.truncate(path, before[name].size)
+            reserve(folder / local, before[name].size)
         total = sum(info.size for info in before.values())
         with _counted(f"download of {self.url}", total, progress) as advance, _pool() as pool:
 
@@ -176,10 +173,11 @@ class Storage:
         Args:
             pinned: the file as it was listed.
             start: offset of the range in bytes; ``into`` says how long it is.
-            into: is filled; in all threads together, eight parts are held beside it.
+            into: is filled; in all threads together, eight parts are held beside it, each twice while the HTTP client
+                joins it.
 
         Raises:
-            CheckpointError: if the file changed since it was listed, or the storage keeps failing.
+            CheckpointError: if the file changed since it was listed; a StorageError if the storage keeps failing.
         """
         name = pinned.url.rpartition("/")[2]
 
@@ -212,7 +210,8 @@ class Storage:
         parts = [str(start) for start in range(0, pinned.size, PART_BYTES)]
 
         def read(start: str) -> bytes:
-            return self._range(name, int(start), min(int(start) + PART_BYTES, pinned.size))
+            with _READS:
+                return self._range(name, int(start), min(int(start) + PART_BYTES, pinned.size))
 
         with (
             self._unchanged(pinned),
@@ -279,7 +278,7 @@ class Storage:
                 ) from error
             except Exception as error:  # each storage has failures of its own
                 if wait is None or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-                    raise CheckpointError(
+                    raise StorageError(
                         f"{self.url}: the storage failed ({_kind(error)}). Check endpoint and credentials, and run "
                         "again; what was transferred is kept."
                     ) from error
@@ -292,6 +291,13 @@ def open_ranges(file: StreamedFile) -> ReadRange:
     """What reads ranges of a streamed file; see :meth:`Storage.fill`."""
     storage, pinned = Storage(file.url.rpartition("/")[0]), Object(file.url, file.size, file.version)
     return lambda start, into: storage.fill(pinned, start, into)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Give a file that is to be downloaded its length at once; what has not arrived takes no space on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab"):
+        os.truncate(path, size)
 
 
 class _Journal:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from merging_core.digest import digest_of, file_sha256
-from merging_core.errors import CheckpointError, RecipeError
+from merging_core.errors import CheckpointError, ProcessError, RecipeError, StorageError
 from tasks.usage import note_use, using
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ KINDS: Final = (
 )
 # Their makers go on with what an interrupted run left in the folder.
 RESUMED: Final = ("task-vectors", "merged")
+# What may pass: another attempt may succeed.
+_PASSING: Final = (StorageError, ProcessError)
 MANIFEST: Final = "manifest.json"
 NOTES: Final = ".notes"
 """Folder in which a maker keeps what it needs to go on; no part of the artifact."""
@@ -129,7 +131,7 @@ class Store:
     def find(self, kind: str, identity: Mapping[str, Any]) -> Ref | None:
         """The finished artifact with this identity, if it is here or in the mirror."""
         ref = Ref(kind, digest_of(identity))
-        return ref if self._is_usable(ref) or (self.mirror and self._mirror().has(ref)) else None
+        return ref if self.has(ref) or (self.mirror and self._mirror().has(ref)) else None
 
     def bring(self, ref: Ref) -> bool:
         """Whether a finished artifact is here, whole, after a look into the mirror.
@@ -137,10 +139,10 @@ class Store:
         Raises:
             CheckpointError: if the mirror cannot be read.
         """
-        if self._is_usable(ref):
+        if self.has(ref):
             return True
         with self.lock(f"{ref.kind}-{ref.digest}"):
-            return self._is_usable(ref) or self._fetch(ref)
+            return self.has(ref) or self._fetch(ref)
 
     def is_locked(self, name: str) -> bool:
         """Whether a living process holds the lock ``name``."""
@@ -174,24 +176,18 @@ class Store:
             parents: artifacts this one was made from; those that are not here are looked for in the mirror.
 
         Raises:
-            CheckpointError: if the disk is full. Whatever ``make`` raises passes through. Nothing is left behind.
+            CheckpointError: if the disk is full, or a parent is nowhere. Whatever ``make`` raises passes through.
+                Nothing is left behind, except for the kinds in ``RESUMED`` what a StorageError or ProcessError stopped.
         """
         started = time.perf_counter()
         ref = Ref(kind, digest_of(identity))
-        if self._is_usable(ref):
+        if self.has(ref):
             return Built(ref, True, time.perf_counter() - started)
         with self.lock(f"{kind}-{ref.digest}"):
-            if self._is_usable(ref) or self._fetch(ref):
+            if self.has(ref) or self._fetch(ref):
                 return Built(ref, True, time.perf_counter() - started)
-            try:
+            with full_disk_told(str(ref), self.root, "nothing half-written was kept"):
                 self._make(ref, identity, make, parents, started)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise CheckpointError(
-                    f"{ref}: the disk of {self.root} is full ({free_bytes(self.root):,} bytes free). "
-                    "Free some space or name another store with --store; nothing half-written was kept."
-                ) from error
         self._copy_to_mirror(ref)
         return Built(ref, False, time.perf_counter() - started)
 
@@ -210,11 +206,12 @@ class Store:
 
     def relocate(self, ref: Ref, location: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Let an artifact's record point to other files of the same content; whoever reads it sees one or the other."""
-        partial = self.home(ref) / f".{MANIFEST}.{os.getpid()}"
-        moved = replace(self.manifest(ref), location=str(location), files={**files})  # type: ignore[dict-item]
-        partial.write_text(json.dumps(asdict(moved), indent=1, sort_keys=True), encoding="utf-8")
-        flush(partial)
-        partial.rename(self.home(ref) / MANIFEST)
+        partial = self.home(ref) / f".{MANIFEST}"
+        with self.lock(f"{ref.kind}-{ref.digest}"):
+            moved = replace(self.manifest(ref), location=str(location), files={**files})  # type: ignore[dict-item]
+            partial.write_text(json.dumps(asdict(moved), indent=1, sort_keys=True), encoding="utf-8")
+            flush(partial)
+            partial.rename(self.home(ref) / MANIFEST)
 
     def refs(self, kind: str | None = None) -> list[Ref]:
         """Every finished artifact, sorted; of one kind if named."""
@@ -256,7 +253,7 @@ class Store:
                 found.append(f"{path}: its content differs from the recorded sha256")
         return found
 
-    def _is_usable(self, ref: Ref) -> bool:
+    def has(self, ref: Ref) -> bool:
         """Whether the artifact is there, with all of its files; from now on it counts as used by this process."""
         if not (self.home(ref) / MANIFEST).is_file():
             return False
@@ -330,17 +327,21 @@ class Store:
         parents: Sequence[Ref],
         started: float,
     ) -> None:
+        for parent in parents:
+            if not self.home(parent).exists() and not self.bring(parent):
+                where = f" and not in the mirror {self.mirror}" if self.mirror else ", and there is no mirror"
+                raise CheckpointError(
+                    f"{ref}: is made from {parent}, which is not in the store {self.root}{where}. Make or resolve it "
+                    "on this machine; a streamed checkpoint is in no mirror and needs a store that all machines share."
+                )
         partial = self.home(ref).with_name(f".{ref.digest}.partial")
         if ref.kind not in RESUMED:
             remove(partial)
         partial.mkdir(parents=True, exist_ok=True)
         try:
             (partial / MANIFEST).unlink(missing_ok=True)
-            for parent in parents:
-                if not self.home(parent).exists():
-                    self.bring(parent)
             details = dict(make(partial) or {})
-            if changed := [str(parent) for parent in parents if not self._is_usable(parent)]:
+            if changed := [str(parent) for parent in parents if not self.has(parent)]:
                 raise CheckpointError(
                     f"{ref}: {', '.join(changed)} changed while it was being used. Leave its files alone and run again."
                 )
@@ -360,7 +361,7 @@ class Store:
             self._finish(partial, manifest)
         except BaseException as error:
             # An interrupt is no Exception. What failed by itself would fail again, and a full disk needs its space.
-            if ref.kind not in RESUMED or isinstance(error, Exception):
+            if ref.kind not in RESUMED or (isinstance(error, Exception) and not isinstance(error, _PASSING)):
                 remove(partial)
             raise
 
@@ -401,6 +402,20 @@ def require_free(path: Path, needed: int, what: str) -> None:
             f"{what} needs {needed:,} bytes in {path}, {free:,} are free: the disk is full. "
             "Free some space or name another folder."
         )
+
+
+@contextlib.contextmanager
+def full_disk_told(what: str, root: Path, left: str) -> Iterator[None]:
+    """Turn the failure of a full disk into a CheckpointError: subject, the store's root, and what is left there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(
+            f"{what}: the disk of {root} is full ({free_bytes(root):,} bytes free). "
+            f"Free some space or name another store with --store; {left}."
+        ) from error
 
 
 def flush_folder(folder: Path) -> None:

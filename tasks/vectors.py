@@ -52,8 +52,8 @@ def require_compatible(base: Ref, experts: Mapping[str, Ref], store: Store, *, t
     Raises:
         IncompatibleError: listing every mismatch of every expert.
     """
-    present = {name: ref for name, ref in experts.items() if store.home(ref).exists()}
-    if not store.home(base).exists():
+    present = {name: ref for name, ref in experts.items() if store.has(ref)}
+    if not store.has(base):
         return
     with ExitStack() as stack:
         reference = stack.enter_context(Checkpoint(store.folder(base), "the base"))
@@ -70,7 +70,7 @@ def require_rules(recipe: Recipe, base: Ref, store: Store) -> None:
     Raises:
         RecipeError: see :func:`merging_core.rules.treatments`.
     """
-    if store.home(base).exists():
+    if store.has(base):
         with Checkpoint(store.folder(base), "the base") as reference:
             plan_tensors(recipe, own_tensors(reference))
 

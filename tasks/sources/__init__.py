@@ -127,9 +127,22 @@ def _record(pinned: Pinned, store: Store) -> Built:
     if is_streamed(pinned.folder):
         # The mirror would send or want all files of it.
         store = Store(store.root)
-    else:
-        ref = Ref("checkpoint", digest_of(identity))
-        with suppress(CheckpointError):  # there is no record yet, or a damaged one
-            if any(is_note(Path(name)) for name in store.manifest(ref).files):
-                store.relocate(ref, pinned.folder, pinned.files)
+    with suppress(CheckpointError):  # there is no record yet, or a damaged one
+        _follow(pinned, Ref("checkpoint", digest_of(identity)), store)
     return store.build("checkpoint", identity, lambda folder: details)
+
+
+def _follow(pinned: Pinned, ref: Ref, store: Store) -> None:
+    """Let the record of streamed content point to where it is now: uploaded again, at another address, downloaded."""
+    from tasks.sources.object_storage import DOWNLOADS
+
+    known = store.manifest(ref)
+    notes = [Path(str(known.location)) / name for name in known.files if is_note(Path(name))]
+    if not notes or (known.location, known.files) == (str(pinned.folder), pinned.files):
+        return
+    store.relocate(ref, pinned.folder, pinned.files)
+    # Aligned checkpoints that link to a note are no longer whole without it, and made again.
+    current = {pinned.folder / name for name in pinned.files}
+    for path in notes:
+        if path not in current and path.is_relative_to((store.root / DOWNLOADS).resolve()):
+            path.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +27,9 @@ from merging_core.streamed import (
     write_note,
 )
 from tasks.progress import Progress, silent
-from tasks.remote import Object, Storage
+from tasks.remote import Object, Storage, reserve
 from tasks.sources.local import ADAPTER, COMPANIONS, SAFETENSORS, weight_names
-from tasks.store import Store, free_bytes, require_free
+from tasks.store import Store, free_bytes, full_disk_told, remove, require_free
 
 DOWNLOADS: Final = "downloads"
 LIMIT: Final = "TRIPOISE_MAX_DOWNLOAD_GB"
@@ -43,8 +44,9 @@ log = logging.getLogger("tripoise.sources")
 def fetch(source: str, store: Store, progress: Progress) -> Path:
     """Download what a checkpoint or an adapter needs; gives its folder in the store.
 
-    The weights of a checkpoint that are larger than the free disk, or than ``TRIPOISE_MAX_DOWNLOAD_GB``, are streamed:
-    of each file the folder gets a note. Adapters are small and always downloaded.
+    The weights of a checkpoint that are larger than what running downloads leave of the free disk, or than
+    ``TRIPOISE_MAX_DOWNLOAD_GB``, are streamed: of each file the folder gets a note, and what arrived of a download is
+    removed. Adapters are small and always downloaded.
 
     The prefix is listed every time. Files whose size and version (ETag) did not change are not downloaded again, and a
     broken download goes on where it stopped.
@@ -56,7 +58,7 @@ def fetch(source: str, store: Store, progress: Progress) -> Path:
 
     Raises:
         RecipeError: if the URL holds credentials, or the limit in the environment is no number >= 0.
-        CheckpointError: if the prefix holds no checkpoint, the disk is full, or the storage fails.
+        CheckpointError: if the prefix holds no checkpoint, the disk is or becomes full, or the storage fails.
     """
     storage = Storage(source)
     listed = storage.list()
@@ -65,7 +67,7 @@ def fetch(source: str, store: Store, progress: Progress) -> Path:
     versions = "".join(f"{name} {one.size} {one.version}\n" for name, one in sorted(listed.items()))
     place = hashlib.sha256(f"{storage.url}\n{versions}".encode()).hexdigest()
     folder = store.root / DOWNLOADS / place
-    with store.lock(f"download-{place}"):
+    with store.lock(f"download-{place}"), full_disk_told(source, store.root, "what was downloaded is kept"):
         _download(storage, [name for name in _SMALL if name in listed], folder, silent)
         is_model = any(name in listed for name in SAFETENSORS)
         is_adapter = not is_model and ADAPTER_CONFIG in listed
@@ -76,8 +78,8 @@ def fetch(source: str, store: Store, progress: Progress) -> Path:
                 "weights must be safetensors."
             )
         missing = [name for name in large if not (folder / name).exists()]
-        size, arrived = sum(listed[name].size for name in missing), _allocated(_partial(folder))
-        if not is_adapter and (why := _why_streamed(size, size - arrived, folder)):
+        why = _claim({name: listed[name].size for name in missing}, folder, source, store, is_adapter)
+        if why:
             log.warning(
                 "%s is streamed: %s. Its weights are read once for their sha256, then again, tensor by tensor, by "
                 "every step; what runs the model needs a download.",
@@ -86,17 +88,47 @@ def fetch(source: str, store: Store, progress: Progress) -> Path:
             )
             _note_all(storage, {name: listed[name] for name in missing}, folder, store, progress)
         else:
-            require_free(folder, size - arrived, f"{source}: the download")
             _download(storage, large, folder, progress)
     return folder
 
 
-def _why_streamed(size: int, needed: int, folder: Path) -> str:
+def _claim(sizes: dict[str, int], folder: Path, source: str, store: Store, is_adapter: bool) -> str:
+    """Take the space for a download, so that no other counts with it; else why weights are streamed."""
+    partial, size = _partial(folder), sum(sizes.values())
+    if not sizes:
+        return ""
+    with store.lock("downloads"):
+        needed, claimed = size - _allocated(partial), _claimed(store, partial)
+        if is_adapter:
+            require_free(folder, needed + claimed, f"{source}: the download")
+        elif why := _why_streamed(size, needed, free_bytes(folder) - claimed, folder):
+            remove(partial)
+            return why
+        for name, length in sizes.items():
+            reserve(partial / name, length)
+    return ""
+
+
+def _claimed(store: Store, own: Path) -> int:
+    """Bytes that running downloads of other sources have yet to write."""
+    claimed = 0
+    for folder in (store.root / DOWNLOADS).glob(".*.partial"):
+        if folder != own and store.is_locked(f"download-{folder.name[1:].removesuffix('.partial')}"):
+            with suppress(FileNotFoundError):  # it has just ended
+                for stat in (path.stat() for path in folder.glob("*")):
+                    claimed += max(stat.st_size - stat.st_blocks * _BLOCK, 0)
+    return claimed
+
+
+def _why_streamed(size: int, needed: int, free: int, folder: Path) -> str:
     """Why weights of ``size`` bytes, of which ``needed`` have not arrived, are not downloaded; "" if they are."""
     if size > (limit := _limit_bytes()):
         return f"{size:,} bytes are more than {LIMIT} allows ({limit:,.0f})"
-    if needed > (free := free_bytes(folder)):
-        return f"{needed:,} bytes are to be downloaded, {free:,} are free on the disk of {folder}"
+    if needed > free:
+        return (
+            f"{needed:,} bytes are to be downloaded, {max(free, 0):,} are free on the disk of {folder} beside running "
+            "downloads"
+        )
     return ""
 
 
@@ -131,7 +163,8 @@ def _pinned(storage: Storage, one: Object, memo: Path, progress: Progress) -> St
             "streamed. Free some space, and let it be downloaded."
         )
     path = memo / f"{digest_of([one.url, one.size, one.version])}.json"
-    if path.exists():
+    # A memo that is missing or cannot be read only costs time.
+    with suppress(CheckpointError):
         return read_note(path)
     length = header_length(_read(storage, one, 0, min(LENGTH_BYTES, one.size)), one.size, one.url)
     try:

@@ -11,6 +11,7 @@ from merging_core.errors import CheckpointError
 from tasks.collect import collect, pin, pinned, unpin
 from tasks.judges.kept import REPLIES, KeptReplies
 from tasks.lineage import lineage_mermaid, lineage_text
+from tasks.sources.object_storage import DOWNLOADS
 from tasks.store import MANIFEST, Ref, Store
 from tasks.watch.state import Seen, State, save
 
@@ -127,6 +128,23 @@ def test_the_files_of_a_checkpoint_used_in_place_are_never_touched(store, tmp_pa
     ended(store, 0, delete=True)
     assert store.refs() == []
     assert (place / "weights").read_text() == "kept"
+
+
+@pytest.mark.parametrize("linked_later", [False, True])
+def test_downloads_in_use_stay_where_the_store_is_behind_a_link(store, tmp_path, ended, linked_later):
+    store.root.mkdir(parents=True, exist_ok=True)
+    linked = Store(tmp_path / "link")
+    linked.root.symlink_to(store.root)
+    used, unused = (linked.root / DOWNLOADS / name for name in ("used", "unused"))
+    for folder in (used, unused):
+        folder.mkdir(parents=True)
+        os.utime(folder, (0, 0))
+    location = str(used if linked_later else used.resolve())
+    ref = linked.build("checkpoint", {"at": "a place"}, lambda out: {"location": location}).ref
+    pin(ref, linked)
+    _, leftovers, _ = ended(linked, 30, delete=True)
+    assert leftovers == [str(unused)]
+    assert used.exists()
 
 
 def test_half_done_folders_go_unless_their_maker_runs(store, ended):

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import distributions
 
 import pytest
 
-from merging_core.errors import CheckpointError, RecipeError
+from merging_core.errors import CheckpointError, ProcessError, RecipeError, StorageError
 from tasks.store import NOTES, Ref, require_free
 
 IDENTITY = {"version": 1, "scale": 0.5}
@@ -71,6 +72,29 @@ def test_a_merge_that_failed_frees_its_space(store, error):
     with pytest.raises((ZeroDivisionError, CheckpointError)):
         store.build("merged", IDENTITY, fails)
     assert list((store.root / "merged").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [StorageError("an outage"), ProcessError("its time limit")])
+@pytest.mark.parametrize(("kind", "kept"), [("merged", True), ("scores", False)])
+def test_what_may_pass_keeps_what_was_made_until_then(store, kind, kept, error):
+    def fails(out):
+        (out / "half").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        store.build(kind, IDENTITY, fails)
+    assert bool(list((store.root / kind).glob("*/half"))) == kept
+
+
+def test_a_record_is_not_moved_while_another_makes_it(store, tmp_path):
+    ref = store.build("checkpoint", IDENTITY, writes("text")).ref
+    with ThreadPoolExecutor() as pool:
+        with store.lock(f"checkpoint-{ref.digest}"):
+            moving = pool.submit(store.relocate, ref, tmp_path, {})
+            with pytest.raises(TimeoutError):
+                moving.result(timeout=0.2)
+        moving.result(timeout=30)
+    assert store.folder(ref) == tmp_path
 
 
 def test_a_folder_without_a_manifest_does_not_exist(store):

@@ -1,8 +1,11 @@
 """Checkpoints whose weights stay on object storage, against a real S3 server."""
 
 import json
+import shutil
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from merging_core.checkpoint import Checkpoint
 from merging_core.errors import CheckpointError, RecipeError
-from merging_core.streamed import is_streamed
+from merging_core.streamed import StreamedFile, is_streamed, read_note, write_note
 from merging_core.writer import write_checkpoint
 from tasks import remote
+from tasks.align import Family, align
 from tasks.collect import collect
 from tasks.mirror import Mirror
 from tasks.models import load_language_model
@@ -208,30 +212,79 @@ def test_a_change_after_the_pinning_is_an_error_and_leaves_nothing(
     assert not list((tmp_path / "store/merged").glob("*"))
 
 
-def test_what_is_larger_than_the_free_disk_is_streamed(s3, urls, family, tmp_path, monkeypatch, told):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A store on a disk of 400 kB."""
     monkeypatch.delenv(LIMIT)
-    small = tmp_path / "small"
-    small.mkdir()
+    root = tmp_path / "small"
+    root.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", small], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", root], capture_output=True, check=False
     )
     if mounted.returncode:
         pytest.skip("a small file system can only be mounted by root")
-    try:
-        big = b"x" * 200_000
-        tensors = load_file(family["helpful"] / "model.safetensors") | {"big": torch.tensor(list(big))}
-        save_file(tensors, tmp_path / "big.safetensors")
-        s3.client.upload_file(str(tmp_path / "big.safetensors"), BUCKET, "helpful/model.safetensors")
-        store = Store(small)
-        monkeypatch.setattr(remote, "PART_BYTES", 1 << 20)
-        folder = store.folder(resolve(urls["helpful"], store).ref)
-        assert is_streamed(folder)
-        assert any("are free on the disk" in line for line in told)
-        assert not is_streamed(store.folder(resolve(urls["honest"], store).ref))  # this one fits
-        with Checkpoint(folder) as opened:
-            assert torch.equal(opened.load("big"), tensors["big"])
-    finally:
-        subprocess.run(["umount", "--lazy", small], check=True)
+    yield Store(root)
+    subprocess.run(["umount", "--lazy", root], check=True)
+
+
+def enlarge(s3, family, tmp_path, name, num_bytes):
+    """Put a tensor into an expert on S3; gives it."""
+    big = torch.full((num_bytes,), len(name), dtype=torch.uint8)
+    save_file(load_file(family[name] / "model.safetensors") | {"big": big}, tmp_path / "big.safetensors")
+    s3.client.upload_file(str(tmp_path / "big.safetensors"), BUCKET, f"{name}/model.safetensors")
+    return big
+
+
+def test_what_is_larger_than_the_free_disk_is_streamed(s3, urls, family, small, tmp_path, monkeypatch, told):
+    big = enlarge(s3, family, tmp_path, "helpful", 500_000)
+    monkeypatch.setattr(remote, "PART_BYTES", 1 << 20)
+    folder = small.folder(resolve(urls["helpful"], small).ref)
+    assert is_streamed(folder)
+    assert any("are free on the disk" in line for line in told)
+    assert not is_streamed(small.folder(resolve(urls["honest"], small).ref))  # this one fits
+    with Checkpoint(folder) as opened:
+        assert torch.equal(opened.load("big"), big)
+
+
+def test_of_two_downloads_at_once_that_fit_only_singly_the_second_is_streamed(
+    s3, urls, family, small, tmp_path, monkeypatch
+):
+    names = ("helpful", "honest")
+    bigs = {name: enlarge(s3, family, tmp_path, name, 200_000) for name in names}
+    monkeypatch.setattr(remote, "PART_BYTES", 1 << 16)
+    monkeypatch.setattr(remote, "_THREADS", 1)
+    refs = {}
+
+    def progress(done, total):
+        if "honest" not in refs:  # a part of the other has arrived
+            refs["honest"] = None
+            refs["honest"] = resolve(urls["honest"], small).ref
+
+    refs["helpful"] = resolve(urls["helpful"], small, progress=progress).ref
+    assert [is_streamed(small.folder(refs[name])) for name in names] == [False, True]
+    for name in names:
+        with Checkpoint(small.folder(refs[name])) as opened:
+            assert torch.equal(opened.load("big"), bigs[name])
+
+
+def test_a_disk_that_fills_up_during_a_download_is_told_and_the_next_run_streams(
+    s3, urls, family, small, tmp_path, monkeypatch
+):
+    big = enlarge(s3, family, tmp_path, "helpful", 200_000)
+    monkeypatch.setattr(remote, "PART_BYTES", 1 << 14)
+    monkeypatch.setattr(remote, "_THREADS", 1)
+
+    def fill_up(done, total):
+        with suppress(OSError), (small.root / "other").open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    with pytest.raises(CheckpointError, match=rf"helpful: the disk of {small.root} is full .* Free some space"):
+        resolve(urls["helpful"], small, progress=fill_up)
+    folder = small.folder(resolve(urls["helpful"], small).ref)
+    assert is_streamed(folder)
+    with Checkpoint(folder) as opened:
+        assert torch.equal(opened.load("big"), big)
 
 
 def test_a_lifted_limit_downloads_and_the_record_points_to_the_files(s3, urls, store, monkeypatch):
@@ -249,6 +302,81 @@ def test_a_lifted_limit_downloads_and_the_record_points_to_the_files(s3, urls, s
     resolve(urls["base"], store)  # what is here is not streamed again
     assert not is_streamed(store.folder(streamed))
     assert of_weights(s3) == []
+
+
+@pytest.mark.parametrize("how", ["uploaded again", "moved"])
+def test_a_streamed_record_follows_its_source(s3, urls, family, store, how):
+    first = resolve(urls["helpful"], store).ref
+    notes, path = store.folder(first), family["helpful"] / "model.safetensors"
+    if how == "moved":
+        for file in family["helpful"].iterdir():
+            s3.client.upload_file(str(file), BUCKET, f"new/{file.name}")
+            s3.client.delete_object(Bucket=BUCKET, Key=f"helpful/{file.name}")
+    else:
+        # The ETag of an upload in parts is another one.
+        upload = {"Bucket": BUCKET, "Key": "helpful/model.safetensors"}
+        upload["UploadId"] = s3.client.create_multipart_upload(**upload)["UploadId"]
+        part = s3.client.upload_part(**upload, PartNumber=1, Body=path.read_bytes())
+        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
+        s3.client.complete_multipart_upload(**upload, MultipartUpload=parts)
+    assert resolve(urls["helpful"] if how == "uploaded again" else f"s3://{BUCKET}/new", store).ref == first
+    with Checkpoint(store.folder(first)) as opened:
+        read = {name: opened.load(name) for name in opened.tensors}
+    expected = load_file(path)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in expected)
+    assert store.problems(first) == []
+    assert not list(notes.glob("*.streamed.json"))
+
+
+def test_an_outage_in_the_middle_of_a_merge_keeps_its_finished_shards(
+    s3,
+    urls,
+    family,
+    recipe_file,
+    tripoise,  # noqa: F811
+    tmp_path,
+):
+    for url in urls.values():
+        resolve(url, Store(tmp_path / "store"))
+    recipe = recipe_file(**recipe_of(urls, "linear"), max_shard_bytes=1000)
+    merge = ("merge", recipe, "--out", tmp_path / "out")
+    merged = tmp_path / "store/merged"
+    s3.rule = lambda *_: ("status", 503) if list(merged.glob("*/*.safetensors")) else None
+    code, _, err = tripoise(*merge)
+    assert code == 1
+    assert "the storage failed" in err
+    kept = {path.name: path.stat().st_mtime_ns for path in merged.glob("*/*.safetensors")}
+    assert kept
+    s3.rule = lambda *_: None
+    code, _, err = tripoise(*merge)
+    assert code == 0, err
+    assert kept.items() <= {path.name: path.stat().st_mtime_ns for path in merged.glob("*/*.safetensors")}.items()
+
+
+def test_an_unreadable_memo_only_costs_another_read(s3, urls, store):
+    first = resolve(urls["helpful"], store).ref
+    [memo] = (store.root / "hashes/streamed").glob("*.json")
+    memo.write_text("{")
+    s3.client.put_object(Bucket=BUCKET, Key="helpful/README.md", Body=b"a new card")
+    assert resolve(urls["helpful"], store).ref == first
+    assert read_note(memo).size > 0
+
+
+def test_a_note_that_several_threads_write_at_once_is_whole(tmp_path):
+    path, file = tmp_path / "a.streamed.json", StreamedFile("s3://bucket/a", 1, "version", "0" * 64, "{}")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: write_note(path, file), range(100)))
+    assert read_note(path) == file
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_parent_that_is_streamed_elsewhere_is_told(s3, urls, family, tmp_path):
+    mirror = f"s3://{BUCKET}/mirror"
+    parent = resolve(urls["base"], Store(tmp_path / "one", mirror)).ref
+    other = Store(tmp_path / "two", mirror)
+    with pytest.raises(CheckpointError, match=rf"{parent}, which is not in the store .*/two and not in .* {mirror}\."):
+        other.build("merged", {"of": "it"}, lambda out: pytest.fail("has no parent"), (parent,))
 
 
 def test_what_needs_files_says_that_the_checkpoint_is_streamed(s3, urls, store):
@@ -324,6 +452,7 @@ def test_a_limit_that_is_no_size_is_refused(s3, urls, store, monkeypatch, limit)
         (lambda content: b"\xff" * 8 + content[8:], "a header of"),
         (lambda content: content.replace(b'"data_offsets"', b'"data_offsetz"', 1), "cannot be read"),
         (lambda content: content.replace(b"{", b"\xff", 1), "no text"),
+        (lambda content: (2000).to_bytes(8, "little") + b"[" * 2000 + content, "cannot be read: RecursionError"),
     ],
 )
 def test_damaged_weights_are_refused_before_they_are_read(s3, urls, family, store, damage, words):
@@ -335,14 +464,8 @@ def test_damaged_weights_are_refused_before_they_are_read(s3, urls, family, stor
     assert store.refs() == []
 
 
-def test_alignment_and_interference_of_streamed_checkpoints_are_those_of_local_ones(
-    s3,
-    urls,
-    family,
-    recipe_file,
-    tripoise,  # noqa: F811
-    tmp_path,
-):
+@pytest.fixture
+def one_more_token(s3, urls, family):
     """One expert has a token more, so that base and other experts get a row, and keep shards as they are."""
     weights = load_file(family["honest"] / "model.safetensors")
     weights["model.embed_tokens.weight"] = torch.cat([weights["model.embed_tokens.weight"], torch.ones(1, 8)])
@@ -356,6 +479,18 @@ def test_alignment_and_interference_of_streamed_checkpoints_are_those_of_local_o
     (family["honest"] / "config.json").write_text(json.dumps(config))
     for path in family["honest"].iterdir():
         s3.client.upload_file(str(path), BUCKET, f"honest/{path.name}")
+
+
+@pytest.mark.usefixtures("one_more_token")
+def test_alignment_and_interference_of_streamed_checkpoints_are_those_of_local_ones(
+    s3,
+    urls,
+    family,
+    recipe_file,
+    tripoise,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
     answers = []
     for where, sources in (("local", family), ("streamed", urls)):
         recipe = recipe_file(**recipe_of(sources, "linear"), tokenizer="union")
@@ -376,3 +511,21 @@ def test_alignment_and_interference_of_streamed_checkpoints_are_those_of_local_o
     streamed.make(tmp_path / "a")
     plain.make(tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    monkeypatch.setenv(LIMIT, "1")
+    recipe = recipe_file(**recipe_of(urls, "ties"), tokenizer="union")
+    code, _, err = tripoise("merge", recipe, "--out", tmp_path / "again", "--store", store.root)
+    assert code == 0, err
+    assert [ref for ref in store.refs("checkpoint") if is_streamed(store.folder(ref)) or store.problems(ref)] == []
+
+
+@pytest.mark.usefixtures("one_more_token")
+def test_alignment_links_what_the_record_names_while_a_download_brings_the_files(urls, family, store):
+    refs = {name: resolve(url, store).ref for name, url in urls.items()}
+    for path in family["base"].glob("*.safetensors"):
+        shutil.copy(path, store.folder(refs["base"]))
+    _, steps = align(Family(refs.pop("base"), refs), "union", store)
+    assert steps
+    for step in steps:
+        ref = store.build(step.kind, step.identity, step.make, step.parents).ref
+        assert store.problems(ref) == []
+        Checkpoint(store.folder(ref)).close()
