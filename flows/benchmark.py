@@ -20,7 +20,6 @@ from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, best_on_validation, report_step
 from tasks.steps import Runner
 from tasks.store import Ref
-from tasks.vectors import interference_step
 
 
 def _run_name() -> str:
@@ -63,9 +62,7 @@ def _compare(bench: Bench, tables: "list[_Table]", run: Runner) -> Ref:
         for table in tables
         for opinion in table.exam.second_opinions(e for e in entries if e.seed == table.seed)
     ]
-    first = tables[0].kitchen
-    compare = interference_step(first.base, first.experts, run.store)
-    [interference] = run.build("compare", "compare experts", [compare])
+    interference = tables[0].kitchen.compare()
     step = report_step(bench.title, tables[0].exam.suite, entries, interference, run.store, second)
     [report] = run.build("report", "report", [step])
     return report

@@ -15,7 +15,6 @@ from tasks.recipes import recipe_yaml
 from tasks.reporting import Entry, report_step
 from tasks.steps import Runner
 from tasks.store import Ref, Store
-from tasks.vectors import interference_step
 
 
 def _run_name() -> str:
@@ -62,8 +61,7 @@ def merge_and_score(request: MergeAndEvaluate, run: Runner, pinned: Pinned | Non
         *(Entry(name, "expert", ref, own) for (name, ref), own in zip(models.items(), tuned, strict=True)),
         Entry(title, "merged", merged, last, recipe=recipe_yaml(recipe)),
     ]
-    compare = interference_step(kitchen.base, kitchen.experts, run.store)
-    [interference] = run.build("compare", "compare experts", [compare])
+    interference = kitchen.compare()
     second, heading = exam.second_opinions(entries), f"{title} on {exam.suite.title}"
     step = report_step(heading, exam.suite, entries, interference, run.store, second)
     [report] = run.build("report", "report", [step])

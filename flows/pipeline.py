@@ -22,7 +22,14 @@ from tasks.reporting import Entry, SecondOpinion
 from tasks.steps import Request, Runner, Step
 from tasks.store import Ref
 from tasks.suite import Split, Suite
-from tasks.vectors import decompose_settings, decompose_step, measure_step, require_compatible, require_rules
+from tasks.vectors import (
+    decompose_settings,
+    decompose_step,
+    interference_step,
+    measure_step,
+    require_compatible,
+    require_rules,
+)
 
 Pinned = tuple[Ref, dict[str, Ref]]
 """The base of a recipe, and its experts by name."""
@@ -163,6 +170,13 @@ class Kitchen:
         step = merge_step(alone, family.base, {expert.name: ref}, {}, {}, {}, store, self.device)
         self._once("merge", replace(step, title=f"complete {expert.name}", timeout_minutes=self.timeout_minutes))
         return step.ref
+
+    def compare(self) -> Ref:
+        """How the updates of the experts agree."""
+        [interference] = self.run.build(
+            "compare", "compare experts", [interference_step(self.base, self.experts, self.run.store)]
+        )
+        return interference
 
     def _is_missing(self, step: Step) -> bool:
         return self.run.store.find(step.kind, step.identity) is None

@@ -25,7 +25,6 @@ from tasks.suite import Split
 from tasks.sweep.files import entry_name, outcome, sweep_report_step
 from tasks.sweep.proposals import foreseen, sampler
 from tasks.sweep.trials import Laboratory, run_trials
-from tasks.vectors import interference_step
 
 
 def _run_name() -> str:
@@ -73,7 +72,7 @@ def search_recipes(request: Sweep, run: Runner, pinned: Pinned | None = None) ->
         assert trial.recipe is not None
         test = search.exam.scores(model, name)
         entries.append(Entry(name, "merged", model, test, trial.scores, recipe_yaml(trial.recipe)))
-    interference, second = search.interference(), search.exam.second_opinions(entries)
+    interference, second = search.kitchen.compare(), search.exam.second_opinions(entries)
     step = sweep_report_step(
         request.title, search.exam.suite, entries, interference, found, request.searched(), run.store, second
     )
@@ -86,7 +85,7 @@ def plan_search(request: Sweep, planner: Planner, pinned: Pinned | None = None) 
     search, space = _Search.of(request, planner, pinned), request.space()
     search.references("validation")
     search.references("test")
-    search.interference()
+    search.kitchen.compare()
     points = foreseen(request.sampler, space, request.trials, request.seed)
     limit = request.pruning.limit if request.pruning else None
     for point in points:
@@ -127,9 +126,3 @@ class _Search:
     def on_validation(self, model: Ref, recipe: Recipe, limit: int | None) -> list[Ref]:
         """Scores of a trial; with a limit, on the first samples only."""
         return self.exam.scores(model, merge_title(recipe), "validation", limit)
-
-    def interference(self) -> Ref:
-        """How the experts agree."""
-        compare = interference_step(self.kitchen.base, self.kitchen.experts, self.kitchen.run.store)
-        [found] = self.kitchen.run.build("compare", "compare experts", [compare])
-        return found

@@ -80,7 +80,7 @@ def _tell_what_waits(steps: Sequence[Step]) -> None:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     for step in steps:
-        cpus, gpus = _num_cpus(), num_gpus(step.device)
+        cpus, gpus = _needs(step).values()
         if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             log.warning("%s: waits for a node with %d CPUs and %d GPUs; Ray has none now", step.title, cpus, gpus)
 
@@ -105,14 +105,12 @@ def resources(step: Step, runner: TaskRunner[Any]) -> AbstractContextManager[Any
         return nullcontext()
     from prefect_ray.context import remote_options
 
-    options: AbstractContextManager[Any] = remote_options(
-        num_cpus=_num_cpus(), num_gpus=num_gpus(step.device), max_retries=3, max_calls=0
-    )
+    options: AbstractContextManager[Any] = remote_options(**_needs(step), max_retries=3, max_calls=0)
     return options
 
 
-def _num_cpus() -> int:
-    return _whole_number(RAY_CPUS)
+def _needs(step: Step) -> dict[str, int]:
+    return {"num_cpus": _whole_number(RAY_CPUS), "num_gpus": num_gpus(step.device)}
 
 
 def _whole_number(variable: str) -> int:

@@ -6,7 +6,7 @@ download goes on with what is missing.
 """
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -48,8 +48,7 @@ class Mirror:
             raise CheckpointError(f"{ref}: {problems[0]}. Not mirrored; make it again.")
         with track(f"mirror {ref}", "bytes") as progress:
             self._storage.upload(files, progress)
-        plain = asdict(replace(manifest, location=None))
-        self._storage.write(_manifest_name(ref), json.dumps(plain, indent=1, sort_keys=True).encode())
+        self._storage.write(_manifest_name(ref), replace(manifest, location=None).text().encode())
         return True
 
     def pull(self, ref: Ref, folder: Path) -> Manifest | None:

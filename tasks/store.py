@@ -85,6 +85,10 @@ class Manifest:
     location: str | None = None
     """Folder of files that are used in place; None where the files lie in the store."""
 
+    def text(self) -> str:
+        """What stands in its file."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
 
 class Store:
     """A folder of finished artifacts, safe to share between processes of one machine.
@@ -209,7 +213,7 @@ class Store:
         partial = self.home(ref) / f".{MANIFEST}"
         with self.lock(f"{ref.kind}-{ref.digest}"):
             moved = replace(self.manifest(ref), location=str(location), files={**files})  # type: ignore[dict-item]
-            partial.write_text(json.dumps(asdict(moved), indent=1, sort_keys=True), encoding="utf-8")
+            partial.write_text(moved.text(), encoding="utf-8")
             flush(partial)
             partial.rename(self.home(ref) / MANIFEST)
 
@@ -309,7 +313,7 @@ class Store:
     def _finish(self, partial: Path, manifest: Manifest) -> None:
         """Let a complete folder appear in the store, in one piece."""
         home = self.home(Ref(manifest.kind, manifest.digest))
-        (partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True), encoding="utf-8")
+        (partial / MANIFEST).write_text(manifest.text(), encoding="utf-8")
         flush_folder(partial)
         # Last, since whoever is killed after this has to compute all again.
         remove(partial / NOTES)

@@ -113,3 +113,24 @@ def recipe_file(tmp_path, family):
         return path
 
     return write
+
+
+@pytest.fixture
+def tripoise(tmp_path, monkeypatch, capsys):
+    """Run the command line in this process; gives exit code, standard output and standard error."""
+    from flows import cli
+
+    monkeypatch.setenv("TRIPOISE_STORE", str(tmp_path / "store"))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tripoise", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -24,7 +24,6 @@ from tasks.sources import resolve
 from tasks.sources.object_storage import LIMIT
 from tasks.store import Store
 from tasks.vectors import interference_step
-from tests.flows.conftest import tripoise  # noqa: F401
 
 from .conftest import BUCKET
 
@@ -82,13 +81,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("method", ["linear", "ties", "tsvm", "r_tsvm"])
 def test_a_merge_of_streamed_checkpoints_is_that_of_local_ones(
-    s3,
-    urls,
-    family,
-    recipe_file,
-    tripoise,  # noqa: F811
-    tmp_path,
-    method,
+    s3, urls, family, recipe_file, tripoise, tmp_path, method
 ):
     answers = {}
     for where, sources in (("local", family), ("streamed", urls)):
@@ -104,7 +97,7 @@ def test_a_merge_of_streamed_checkpoints_is_that_of_local_ones(
     assert Store(tmp_path / "store-streamed").refs("checkpoint") == Store(tmp_path / "store-local").refs("checkpoint")
 
 
-def test_a_linear_merge_reads_every_tensor_once_after_the_sha256(s3, urls, recipe_file, tripoise, tmp_path):  # noqa: F811
+def test_a_linear_merge_reads_every_tensor_once_after_the_sha256(s3, urls, recipe_file, tripoise, tmp_path):
     for url in urls.values():
         resolve(url, Store(tmp_path / "store"))
     s3.requests.clear()
@@ -180,13 +173,7 @@ def test_a_short_answer_is_asked_for_again(s3, urls, family, store, monkeypatch)
 
 @pytest.mark.parametrize("how", ["same size", "shorter", "removed"])
 def test_a_change_after_the_pinning_is_an_error_and_leaves_nothing(
-    s3,
-    urls,
-    family,
-    recipe_file,
-    tripoise,  # noqa: F811
-    tmp_path,
-    how,
+    s3, urls, family, recipe_file, tripoise, tmp_path, how
 ):
     content = (family["honest"] / "model.safetensors").read_bytes()
     key = {"Bucket": BUCKET, "Key": "honest/model.safetensors"}
@@ -330,12 +317,7 @@ def test_a_streamed_record_follows_its_source(s3, urls, family, store, how):
 
 
 def test_an_outage_in_the_middle_of_a_merge_keeps_its_finished_shards(
-    s3,
-    urls,
-    family,
-    recipe_file,
-    tripoise,  # noqa: F811
-    tmp_path,
+    s3, urls, family, recipe_file, tripoise, tmp_path
 ):
     for url in urls.values():
         resolve(url, Store(tmp_path / "store"))
@@ -390,7 +372,7 @@ def test_what_needs_files_says_that_the_checkpoint_is_streamed(s3, urls, store):
             call()
 
 
-def test_evaluate_and_publish_fail_at_once(s3, urls, tripoise, tmp_path):  # noqa: F811
+def test_evaluate_and_publish_fail_at_once(s3, urls, tripoise, tmp_path):
     code, _, err = tripoise("evaluate", urls["base"], "--suite", "3h-mini", "--out", tmp_path / "scores")
     assert code == 1
     assert "is streamed from" in err
@@ -401,7 +383,7 @@ def test_evaluate_and_publish_fail_at_once(s3, urls, tripoise, tmp_path):  # noq
     assert not (tmp_path / "published").exists()
 
 
-def test_the_store_commands_know_streamed_checkpoints(s3, urls, tripoise, tmp_path):  # noqa: F811
+def test_the_store_commands_know_streamed_checkpoints(s3, urls, tripoise, tmp_path):
     store = Store(tmp_path / "store")
     ref = resolve(urls["base"], store).ref
     assert tripoise("store", "verify")[0] == 0
@@ -483,13 +465,7 @@ def one_more_token(s3, urls, family):
 
 @pytest.mark.usefixtures("one_more_token")
 def test_alignment_and_interference_of_streamed_checkpoints_are_those_of_local_ones(
-    s3,
-    urls,
-    family,
-    recipe_file,
-    tripoise,  # noqa: F811
-    tmp_path,
-    monkeypatch,
+    s3, urls, family, recipe_file, tripoise, tmp_path, monkeypatch
 ):
     answers = []
     for where, sources in (("local", family), ("streamed", urls)):
